@@ -1,0 +1,51 @@
+"""`genrm`: the servers that judge solutions, what they are asked, and how long we wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from megatron_fapo.config.section import Section
+
+
+class GenRMConfig(Section):
+    enabled: bool = True
+    """False scores by the rule alone: the baseline."""
+    urls: list[str] = []
+    """External OpenAI-compatible base URLs (`http://host:port/v1`), used beside the servers started here."""
+    api_key_env: str | None = None
+    """Name of the environment variable with the API key of the external URLs."""
+    served_model: str = "genrm"
+    """The model name sent to servers; ours serve under it. A URL that does not list it is refused at start."""
+    model_path: str | None = None
+    """HF checkpoint of the GenRM; needed when servers > 0."""
+    servers: int = Field(1, ge=0)
+    """vLLM servers that we start."""
+    tensor_parallel: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.3, gt=0, lt=1)
+    """Share of each GPU's memory that a server may take (GPU only)."""
+    cpu_kv_cache_gb: float = Field(0.25, gt=0)
+    """Memory of the KV cache of a server on CPU, GiB."""
+    max_model_len: int | None = Field(None, gt=0)
+    """Context of the servers that we start; unset: the model's own."""
+    enforce_eager: bool = False
+    start_timeout_s: float = Field(600.0, gt=0)
+    prompt_form: str = Field("tagged", pattern="^(tagged|raw)$")
+    """`tagged`: indexed paragraphs, as the GenRM was trained. `raw`: the untagged form of the original's RL runs."""
+    temperature: float = Field(0.6, ge=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+    max_tokens: int = Field(16384, gt=0)
+    """Longest critique; the room left in the server's context lowers it further."""
+    deadline_s: float = Field(600.0, gt=0)
+    """For one verdict, retries included. Past it the sample is unscored (`genrm_deadline`)."""
+    request_timeout_s: float = Field(300.0, gt=0)
+    """For one request to one server; past it the request is cancelled and another server is asked."""
+    max_attempts: int = Field(4, ge=1)
+    """Requests for one verdict, over all servers."""
+    max_concurrent_per_server: int = Field(256, ge=1)
+    """Requests in flight to one server; further ones wait in order."""
+    judge_eval: bool = True
+    """Ask the GenRM about right answers of evaluation samples too, to report their flawed-positive ratio."""
+    vllm: dict[str, Any] = {}
+    """Passed through to `vllm serve` as options (`{max_num_seqs: 64}` is `--max-num-seqs 64`)."""

@@ -1,0 +1,42 @@
+"""`reward`: how a sample becomes a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from megatron_fapo.config.section import Section
+
+
+class OverlongConfig(Section):
+    enabled: bool = True
+    buffer_tokens: int = Field(4096, gt=0)
+    """The penalty starts this many tokens before the response limit."""
+    penalty_factor: float = Field(1.0, ge=0)
+    """The penalty at the limit; linear in between."""
+
+
+class RewardConfig(Section):
+    verifier: str = Field("math_verify", pattern="^(math_verify|recipe_string)$")
+    """`math_verify` compares answers as mathematics; `recipe_string` is the recipe's string rule on the last 300 characters."""
+    verifier_processes: int = Field(2, ge=1)
+    """Worker processes of the rule verifier (and of synchronous user functions)."""
+    verifier_timeout_s: float = Field(20.0, gt=0)
+    """Past it the worker is killed and replaced and the sample is unscored (`verifier_timeout`)."""
+    compute_score: str | None = None
+    """Your reward function, `package.module:function` or `path/file.py:function`; replaces rule and GenRM.
+    Signature: compute_score(data_source, solution_str, ground_truth, extra_info, **kw) -> float | dict, sync or async."""
+    compute_score_kwargs: dict[str, Any] = {}
+    flawed_penalty: float = Field(1.0, ge=0)
+    """lambda: subtracted from a right answer that the GenRM calls flawed. 0 only measures."""
+    rho_shift: float | None = Field(None, gt=0)
+    """Learning progress (sound / wrong) at which flawed positives change from rewarded to penalised.
+    Sets lambda = 2 / (rho_shift + 1) in place of flawed_penalty (paper, Appendix A)."""
+    overlong: OverlongConfig = OverlongConfig()
+    max_unscored_share: float = Field(0.1, ge=0, le=1)
+    """A step with a larger share of unscored samples stops the run, with everything saved."""
+
+    @property
+    def effective_flawed_penalty(self) -> float:
+        return self.flawed_penalty if self.rho_shift is None else 2.0 / (self.rho_shift + 1.0)

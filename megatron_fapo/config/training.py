@@ -1,0 +1,35 @@
+"""`training`: the loop's schedule, and what is kept."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megatron_fapo.config.section import Section
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(10, ge=0)
+    """0: never. Otherwise also before the first step and after the last."""
+    samples_per_prompt: int = Field(1, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(0.7, gt=0, le=1)
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(10, ge=0)
+    """0: only at the end and on a stop signal."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class TrainingConfig(Section):
+    steps: int = Field(200, ge=1)
+    """Rollout-and-train steps of the run, resumed ones included."""
+    prompts_per_step: int = Field(512, ge=1)
+    """Prompts of one rollout."""
+    prompts_per_mini_batch: int = Field(32, ge=1)
+    """Groups of one optimizer update; must divide prompts_per_step."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_samples_every_steps: int = Field(1, ge=0)
+    """Every so many steps all samples with scores and critiques go to samples/. 0: never."""
