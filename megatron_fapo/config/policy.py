@@ -50,7 +50,7 @@ class PolicyConfig(Section):
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$")
     """Parameter and compute type; `auto` is bfloat16 on GPUs and float32 on CPUs. Gradients and Adam stay float32."""
     micro_batch_tokens: int = Field(16384, gt=0)
-    """Most tokens (padding included) in one forward-backward pass of a data-parallel rank. Lower it when memory runs out."""
+    """Most tokens (padding included) in one forward-backward pass of a data-parallel rank; lower it to save memory."""
     logprob_micro_batch_tokens: int = Field(32768, gt=0)
     """Likewise for forward-only log-probability passes."""
     recompute: str = Field("none", pattern="^(none|selective|full)$")

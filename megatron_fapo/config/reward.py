@@ -19,14 +19,15 @@ class OverlongConfig(Section):
 
 class RewardConfig(Section):
     verifier: str = Field("math_verify", pattern="^(math_verify|recipe_string)$")
-    """`math_verify` compares answers as mathematics; `recipe_string` is the recipe's string rule on the last 300 characters."""
+    """`math_verify` compares answers as mathematics; `recipe_string` is the recipe's string rule on the last 300
+    characters."""
     verifier_processes: int = Field(2, ge=1)
     """Worker processes of the rule verifier (and of synchronous user functions)."""
     verifier_timeout_s: float = Field(20.0, gt=0)
     """Past it the worker is killed and replaced and the sample is unscored (`verifier_timeout`)."""
     compute_score: str | None = None
     """Your reward function, `package.module:function` or `path/file.py:function`; replaces rule and GenRM.
-    Signature: compute_score(data_source, solution_str, ground_truth, extra_info, **kw) -> float | dict, sync or async."""
+    Signature: compute_score(data_source, solution_str, ground_truth, extra_info, **kw) -> float | dict, or async."""
     compute_score_kwargs: dict[str, Any] = {}
     flawed_penalty: float = Field(1.0, ge=0)
     """lambda: subtracted from a right answer that the GenRM calls flawed. 0 only measures."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from pydantic import Field
 
 from megatron_fapo.config.algorithm import AlgorithmConfig
@@ -11,7 +14,7 @@ from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.config.rollout import RolloutConfig
 from megatron_fapo.config.section import Section
-from megatron_fapo.config.training import TrainingConfig
+from megatron_fapo.config.training import EvaluationConfig, TrainingConfig
 from megatron_fapo.config.weight_sync import WeightSyncConfig
 
 
@@ -23,7 +26,7 @@ class Config(Section):
     device: str = Field("auto", pattern="^(auto|cpu|gpu)$")
     """`auto` takes GPUs if there are any. `gpu` without one is refused."""
     gpu_share: float = Field(1.0, gt=0, le=1)
-    """GPU share that Ray gives each policy rank, engine rank and GenRM server rank; 0.3 puts one of each on one card."""
+    """GPU share that Ray gives each policy, engine and GenRM server rank; 0.3 puts one of each on one card."""
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -32,3 +35,77 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     training: TrainingConfig = TrainingConfig()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition that spans fields. `reads` names every field that `broken` looks at, for messages and origins."""
+
+    reads: tuple[str, ...]
+    broken: Callable[[Config], bool]
+    remedy: str
+
+
+def _evaluation_of_nothing(c: Config) -> bool:
+    # The default period asks for nothing: without data.eval there is no evaluation.
+    every = c.training.evaluation.every_steps
+    return every not in (0, EvaluationConfig().every_steps) and not c.data.eval
+
+
+RULES = (
+    Rule(
+        ("training.prompts_per_step", "training.prompts_per_mini_batch"),
+        lambda c: c.training.prompts_per_step % c.training.prompts_per_mini_batch != 0,
+        "the mini-batch must divide the step",
+    ),
+    Rule(
+        ("training.prompts_per_mini_batch", "rollout.samples_per_prompt", "policy.parallel.data"),
+        lambda c: c.training.prompts_per_mini_batch * c.rollout.samples_per_prompt < c.policy.parallel.data,
+        "a mini-batch has fewer samples than there are data-parallel replicas; raise the first two or lower the third",
+    ),
+    Rule(
+        ("policy.parallel.sequence_parallel", "policy.parallel.tensor"),
+        lambda c: c.policy.parallel.sequence_parallel and c.policy.parallel.tensor == 1,
+        "sequence parallelism shards over tensor ranks: set tensor > 1 or sequence_parallel to false",
+    ),
+    Rule(
+        ("policy.optimizer.schedule", "policy.optimizer.decay_steps"),
+        lambda c: c.policy.optimizer.schedule != "constant" and c.policy.optimizer.decay_steps is None,
+        "this schedule needs decay_steps, the optimizer updates until min_lr",
+    ),
+    Rule(
+        ("policy.optimizer.decay_steps", "policy.optimizer.warmup_steps"),
+        lambda c: 0 < (c.policy.optimizer.decay_steps or 0) <= c.policy.optimizer.warmup_steps,
+        "decay must end after warm-up ends",
+    ),
+    Rule(
+        ("policy.optimizer.min_lr", "policy.optimizer.lr"),
+        lambda c: c.policy.optimizer.min_lr > c.policy.optimizer.lr,
+        "min_lr must not be above the peak lr",
+    ),
+    Rule(
+        ("rollout.sampling.temperature",),
+        lambda c: c.rollout.sampling.temperature == 0,
+        "greedy rollouts give groups of equal samples and no log-probabilities to train on; set it above 0",
+    ),
+    Rule(
+        ("reward.overlong.buffer_tokens", "rollout.max_response_tokens"),
+        lambda c: c.reward.overlong.enabled and c.reward.overlong.buffer_tokens >= c.rollout.max_response_tokens,
+        "the overlong buffer must be shorter than the response limit; lower it or set reward.overlong.enabled to false",
+    ),
+    Rule(
+        ("reward.rho_shift", "reward.flawed_penalty"),
+        lambda c: c.reward.rho_shift is not None and c.reward.flawed_penalty != RewardConfig().flawed_penalty,
+        "both set lambda; keep one",
+    ),
+    Rule(
+        ("data.question_key", "data.answer_key"),
+        lambda c: (c.data.question_key is None) != (c.data.answer_key is None),
+        "plain rows need both keys; set both or neither",
+    ),
+    Rule(
+        ("training.evaluation.every_steps", "data.eval"),
+        _evaluation_of_nothing,
+        "evaluation needs datasets: set data.eval.NAME to a path, or every_steps to 0",
+    ),
+)

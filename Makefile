@@ -1,0 +1,30 @@
+# Each target does all the set-up it needs. EXTRA=gpu makes an environment for GPUs; PYTHON=... names the interpreter.
+EXTRA ?= cpu
+ARGS ?=
+# Spinning OpenMP threads of several processes on few cores cost a factor of ten.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint format constraints
+
+setup:
+	@PYTHON="$(PYTHON)" tools/setup $(EXTRA)
+
+demo: setup
+	.venv/bin/fapo demo $(ARGS)
+
+test: setup
+	.venv/bin/pytest $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	tools/check_sizes
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+# For plain pip; to be made anew whenever uv.lock changes (a test compares them).
+constraints: setup
+	tools/export_constraints > requirements/constraints-cpu.txt

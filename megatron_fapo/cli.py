@@ -1,0 +1,165 @@
+"""The `fapo` command: one thin function per verb, each importing what it needs when it is called.
+
+Exit codes: 0 done, 1 failure (with a traceback), 2 bad input, 75 stopped by a signal with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fapo import __version__
+from megatron_fapo.config import Config
+from megatron_fapo.config.load import ConfigError, load_config
+from megatron_fapo.config.preflight import preflight
+from megatron_fapo.errors import UserError
+
+EXIT_BAD_INPUT = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse fills a list of positionals once, so overrides that follow a later option arrive as leftovers.
+    stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
+    if stray:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    if rest:
+        args.overrides += rest
+    try:
+        return int(args.verb(args))
+    except UserError as error:
+        print(f"fapo: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _checked_config(args: argparse.Namespace, training: bool = True) -> Config:
+    """The configuration, once neither it nor the files it names show a problem: all are reported together."""
+    problems: list[str] = []
+    try:
+        loaded = load_config(args.config, args.overrides)
+    except ConfigError as error:
+        if error.loaded is None:
+            raise
+        loaded, problems = error.loaded, error.problems
+    problems += preflight(loaded.config, training)
+    if problems:
+        raise ConfigError(problems, loaded)
+    return loaded.config
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _checked_config(args)
+    from megatron_fapo.training.loop import train_command
+
+    return train_command(config, resume=args.resume)
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    config = _checked_config(args)
+    from megatron_fapo.training.warmup import warmup_command
+
+    return warmup_command(config, data=args.data, out=args.out)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    config = _checked_config(args, training=False)
+    from megatron_fapo.training.evaluation import evaluate_command
+
+    return evaluate_command(config)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_fapo.policy.convert import convert_command
+
+    return convert_command(args.direction, source=args.source, target=args.target)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from megatron_fapo.demo import demo_command
+
+    return demo_command(out=args.out, compare=args.compare)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from megatron_fapo.observe.report import write_report
+
+    out = args.out or args.runs[0] / "report.html"
+    write_report(args.runs, out)
+    print(out)
+    return 0
+
+
+def _config_show(args: argparse.Namespace) -> int:
+    from megatron_fapo.config.show import show
+
+    print(show(load_config(args.config, args.overrides), docs=args.docs), end="")
+    return 0
+
+
+def _config_diff(args: argparse.Namespace) -> int:
+    from megatron_fapo.config.show import diff
+
+    # A run directory stands for the configuration that it ran with.
+    a, b = (path / "config.yaml" if path.is_dir() else path for path in (args.a, args.b))
+    print(diff(load_config([a], []), load_config([b], [])), end="")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fapo", description="Flawed-Aware Policy Optimization.")
+    parser.add_argument("--version", action="version", version=f"fapo {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    train = _with_config(verbs.add_parser("train", help="train a policy"))
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
+    train.set_defaults(verb=_train)
+
+    warmup = _with_config(verbs.add_parser("warmup", help="supervised warm-up of a policy or GenRM (cross-entropy)"))
+    warmup.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompts and solutions")
+    warmup.add_argument("--out", type=Path, required=True, metavar="DIR", help="HF checkpoint to write")
+    warmup.set_defaults(verb=_warmup)
+
+    evaluate = _with_config(verbs.add_parser("evaluate", help="score policy.model_path on the sets of data.eval"))
+    evaluate.set_defaults(verb=_evaluate)
+
+    convert = verbs.add_parser("convert", help="turn a checkpoint into the other format")
+    convert.add_argument("direction", choices=("hf-to-megatron", "megatron-to-hf"))
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.set_defaults(verb=_convert)
+
+    config = verbs.add_parser("config", help="look at configurations").add_subparsers(metavar="VERB", required=True)
+    show = _with_config(config.add_parser("show", help="the resolved tree, with the origin of each value"))
+    show.add_argument("--docs", action="store_true", help="put the meaning of each field above it")
+    show.set_defaults(verb=_config_show)
+    diff = config.add_parser("diff", help="the values that differ between two files or runs")
+    diff.add_argument("a", type=Path, metavar="A")
+    diff.add_argument("b", type=Path, metavar="B")
+    diff.set_defaults(verb=_config_diff)
+
+    report = verbs.add_parser("report", help="one self-contained HTML file of one or several runs")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; several are overlaid")
+    report.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: report.html in the first run")
+    report.set_defaults(verb=_report)
+
+    demo = verbs.add_parser("demo", help="a whole run with tiny models, on this machine")
+    demo.add_argument("--compare", action="store_true", help="also run the rule-only baseline, and plot both")
+    demo.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR")
+    demo.set_defaults(verb=_demo)
+    return parser
+
+
+def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "-c", "--config", action="append", default=[], type=Path, metavar="FILE", help="YAML; later files win"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one value")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

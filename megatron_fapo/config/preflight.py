@@ -1,0 +1,146 @@
+"""What can be known of a run before any process starts, by looking at files: models, data, devices, disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from megatron_fapo.config.root import Config
+from megatron_fapo.device import choose_device
+from megatron_fapo.errors import UserError
+from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
+
+CHECKPOINT_BYTES_PER_PARAMETER = 18
+"""float32 weights and two Adam moments (12), the working copy (up to 4) and a bfloat16 export (2)."""
+
+
+def preflight(config: Config, training: bool = True) -> list[str]:
+    """All problems that the files and this machine show, each with its remedy; empty when the run may start.
+
+    `training` false leaves out what only training needs: its data and the room for checkpoints.
+    """
+    problems = _data_problems(config, training)
+    problems += _model_problems(config, training)
+    problems += _genrm_problems(config, training)
+    if config.device == "gpu":  # `auto` cannot fail, and looking takes seconds: it imports torch.
+        try:
+            choose_device(config.device)
+        except UserError as error:
+            problems.append(str(error))
+    hook = config.reward.compute_score
+    if hook is not None and hook.partition(":")[0].endswith(".py") and not Path(hook.partition(":")[0]).is_file():
+        problems.append(f"reward.compute_score: no file {hook.partition(':')[0]}")
+    return problems
+
+
+def _data_problems(config: Config, training: bool) -> list[str]:
+    problems = []
+    if training and not config.data.train:
+        problems.append("data.train is empty: name at least one JSONL or parquet file")
+    if not training and not config.data.eval:
+        problems.append("data.eval is empty: set data.eval.NAME to a JSONL or parquet file")
+    named = [("data.train", path) for path in config.data.train if training]
+    named += [(f"data.eval.{name}", path) for name, path in config.data.eval.items()]
+    return problems + [
+        f"{key}: no file {path} (relative paths start at {Path.cwd()})"
+        for key, path in named
+        if not Path(path).is_file()
+    ]
+
+
+def _model_problems(config: Config, training: bool) -> list[str]:
+    if not config.policy.model_path:
+        return ["policy.model_path is empty: set it to an HF checkpoint directory"]
+    root = Path(config.policy.model_path)
+    problems = _checkpoint_problems("policy.model_path", root)
+    if not (root / "config.json").is_file():
+        return problems
+    try:
+        shape = read_model_shape(root)
+    except UserError as error:
+        return [*problems, str(error)]
+    problems += layout_problems(shape, config.policy.parallel) + _tokenizer_problems(root, shape.vocab)
+    if shape.heads % config.rollout.tensor_parallel:
+        engine = config.rollout.tensor_parallel
+        problems.append(f"{shape.heads} attention heads do not divide by rollout.tensor_parallel={engine}")
+    total = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if total > shape.max_positions:
+        problems.append(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {total}, and {root} has"
+            f" {shape.max_positions} positions: lower one of them"
+        )
+    return problems + (_disk_problems(config, shape.parameters) if training else [])
+
+
+def _checkpoint_problems(key: str, root: Path) -> list[str]:
+    """Missing parts of an HF checkpoint directory."""
+    if not (root / "config.json").is_file():
+        return [f"{key}: no config.json in {root} (relative paths start at {Path.cwd()}); set it to an HF checkpoint"]
+    problems = []
+    if not any((root / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        problems.append(f"{key}: no tokenizer files in {root}; copy tokenizer.json and tokenizer_config.json there")
+    index = root / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        shards = {"model.safetensors"}
+    missing = sorted(shard for shard in shards if not (root / shard).is_file())
+    if missing:
+        problems.append(f"{key}: {root} lacks {', '.join(missing)}; complete the download or convert to safetensors")
+    return problems
+
+
+def _tokenizer_problems(root: Path, vocab_size: int) -> list[str]:
+    problems = []
+    settings_file = root / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    if "chat_template" not in settings and not (root / "chat_template.jinja").is_file():
+        problems.append(f"{root}: the tokenizer has no chat template; add chat_template.jinja")
+    tokenizer = root / "tokenizer.json"
+    if tokenizer.is_file():
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        vocab = content["model"]["vocab"]
+        # A unigram vocabulary is a list of [token, score] whose place is the id.
+        ids = [*vocab.values()] if isinstance(vocab, dict) else [len(vocab) - 1]
+        ids += [token["id"] for token in content.get("added_tokens", [])]
+        if max(ids) >= vocab_size:
+            problems.append(
+                f"{tokenizer}: token ids reach {max(ids)}, and config.json has vocab_size {vocab_size}:"
+                " the tokenizer belongs to another model; put the right one there"
+            )
+    return problems
+
+
+def _genrm_problems(config: Config, training: bool) -> list[str]:
+    genrm, problems = config.genrm, []
+    if not genrm.enabled or config.reward.compute_score is not None or not (training or genrm.judge_eval):
+        return []
+    if not genrm.urls and not (genrm.servers > 0 and genrm.model_path):
+        problems.append(
+            "genrm.enabled needs a GenRM: set genrm.urls to running servers, or genrm.model_path with servers > 0;"
+            " or set genrm.enabled to false for the rule-only baseline"
+        )
+    if genrm.servers > 0 and genrm.model_path is not None:
+        problems += _checkpoint_problems("genrm.model_path", Path(genrm.model_path))
+    if genrm.urls and genrm.api_key_env is not None and genrm.api_key_env not in os.environ:
+        problems.append(f"genrm.api_key_env: the environment has no variable {genrm.api_key_env}; export the API key")
+    return problems
+
+
+def _disk_problems(config: Config, parameters: int) -> list[str]:
+    keep = config.training.checkpoint.keep
+    # One more than is kept: a checkpoint is complete before the oldest is deleted.
+    need = parameters * CHECKPOINT_BYTES_PER_PARAMETER * (keep + 1)
+    place = Path(config.run_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free >= need:
+        return []
+    return [
+        f"run_dir = {config.run_dir}: {keep} checkpoints and one being written take about {need / 2**30:.1f} GiB,"
+        f" and {place} has {free / 2**30:.1f} GiB free: choose another run_dir, lower training.checkpoint.keep"
+        " or free space"
+    ]
