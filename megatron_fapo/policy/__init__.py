@@ -1,1 +1,1 @@
-"""."""
+"""The policy: megatron-core actors. Only this package imports megatron."""

@@ -1,0 +1,85 @@
+"""Policy ranks as plain processes: imported once, then used for many layouts.
+
+Importing megatron takes longer than a step of a tiny model, so the processes stay and only the parallel state changes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_fapo.config.algorithm import AlgorithmConfig
+from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
+from megatron_fapo.policy.worker import PolicyWorker, Rank
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    import os
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    while True:
+        job = pipe.recv()
+        if job is None:
+            return
+        function, args, world, port = job
+        try:
+            pipe.send((True, function(Rank(rank, world, "127.0.0.1", port), *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+class Ranks:
+    """Processes that run a function as ranks 0..n-1 of a fresh process group."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.processes: list[Any] = []
+        self.pipes: list[Connection] = []
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        while len(self.processes) < world:
+            here, there = self.context.Pipe()
+            process = self.context.Process(target=_serve, args=(len(self.processes), there), daemon=True)
+            process.start()
+            self.processes.append(process)
+            self.pipes.append(here)
+        port = free_port()
+        for pipe in self.pipes[:world]:
+            pipe.send((function, args, world, port))
+        results = []
+        for rank, pipe in enumerate(self.pipes[:world]):
+            if not pipe.poll(240):
+                self.close()
+                raise TimeoutError(f"rank {rank} did not answer in 240 s")
+            results.append(pipe.recv())
+        if failures := [text for ok, text in results if not ok]:
+            self.close()  # the others may hang in a collective of the failed rank
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes, self.pipes = [], []
+
+
+def policy_config(model: str, tp: int = 1, pp: int = 1, dp: int = 1, sp: bool = False, **kwargs: Any) -> PolicyConfig:
+    kwargs.setdefault("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
+    parallel = ParallelConfig(tensor=tp, pipeline=pp, data=dp, sequence_parallel=sp)
+    return PolicyConfig(model_path=model, parallel=parallel, **kwargs)
+
+
+def make_worker(rank: Rank, cfg: PolicyConfig, algorithm: AlgorithmConfig | None = None, **kw: Any) -> PolicyWorker:
+    kw = {"device": "cpu", "dtype": "float32", "seed": 1} | kw
+    return PolicyWorker(rank, cfg, algorithm or AlgorithmConfig(), **kw)
