@@ -1,0 +1,178 @@
+"""What a step or an evaluation says about itself, as flat `name -> number` (glossary: docs/metrics.md).
+
+Invariants
+- Values are finite. A mean or share over nothing is left out, not reported as 0: absence is no news, 0 is news.
+- A sample whose GenRM call failed is unscored but right: it counts for accuracy, and not for the flawed-positive ratio.
+  Leaving it out of both would lower accuracy whenever the GenRM struggles, since only right answers are judged.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_fapo.algorithm.advantage import group_advantages, has_signal
+from megatron_fapo.algorithm.loss import LOG_RATIO_LIMIT
+from megatron_fapo.data.records import Group, ScoredSample
+
+
+def step_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Scores, rewards, lengths and group shares of one rollout."""
+    samples = [sample for group in groups for sample in group.samples]
+    return {**_score_metrics(samples), **_reward_metrics(samples), **_length_metrics(samples), **_group_metrics(groups)}
+
+
+def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """avg@k, pass@k and maj@k over the prompts of one evaluation set, beside its scores and lengths.
+
+    k is the number of samples of the largest group; pass@ is also given for the powers of two below k, each over the
+    prompts with at least so many checked samples. The standard error is over prompts. Names carry no prefix of the
+    evaluation set: the caller adds it.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    k = max((len(group.samples) for group in groups), default=0)
+    counts = [(len(c), sum(c)) for c in map(_checked, groups) if c]
+    metrics = _score_metrics(samples) | _length_metrics(samples)
+    accuracies = accuracy_by_prompt(groups)
+    if accuracies:
+        metrics[f"avg@{k}"] = statistics.fmean(accuracies.values())
+        metrics[f"maj@{k}"] = statistics.fmean(majority_correct(group) for group in groups if _checked(group))
+    if len(accuracies) > 1:
+        metrics[f"avg@{k}_stderr"] = statistics.stdev(accuracies.values()) / math.sqrt(len(accuracies))
+    for j in sorted({k, *(2**i for i in range(1, k.bit_length()))}):
+        estimates = [pass_at_k(n, right, j) for n, right in counts if n >= j]
+        if estimates:
+            metrics[f"pass@{j}"] = statistics.fmean(estimates)
+    return metrics
+
+
+def accuracy_by_prompt(groups: Sequence[Group]) -> dict[str, float]:
+    """Prompt id -> share of right answers among its checked samples; prompts without a checked sample are left out."""
+    return {group.prompt.prompt_id: statistics.fmean(checked) for group in groups if (checked := _checked(group))}
+
+
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """Probability that k of n samples, drawn without replacement, contain one of the `right` ones (unbiased pass@k).
+
+    Raises ValueError unless 1 <= k <= n and 0 <= right <= n.
+    """
+    if not (1 <= k <= n and 0 <= right <= n):
+        raise ValueError(
+            f"pass@{k} of {right} right among {n} samples is undefined: needs 1 <= k <= n, 0 <= right <= n"
+        )
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority_correct(group: Group) -> float:
+    """Whether the most frequent prediction of a group is right: 0 or 1, or the right share of tied predictions.
+
+    Predictions are compared as strings; samples without a prediction or a rule outcome do not vote. No votes: 0.
+    """
+    votes: dict[str, list[bool]] = {}
+    for scored in group.samples:
+        if scored.score.prediction is not None and scored.score.correct is not None:
+            votes.setdefault(scored.score.prediction, []).append(scored.score.correct)
+    most = max(map(len, votes.values()), default=0)
+    return statistics.fmean([statistics.fmean(v) for v in votes.values() if len(v) == most] or [0.0])
+
+
+def mismatch_metrics(old_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the policy's log-probabilities are from the rollout engine's, for one and the same weights.
+
+    All three share one shape; `mask` is bool and selects response tokens. Maximum and correlation do not add over
+    ranks, so pass all tokens of a step at once. Empty when no token is selected.
+    """
+    if not bool(mask.any()):
+        return {}
+    old, behaviour = old_logprobs[mask].double(), behaviour_logprobs[mask].double()
+    gap = old - behaviour
+    bounded = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    metrics = {
+        "mismatch/abs_mean": gap.abs().mean().item(),
+        "mismatch/abs_max": gap.abs().max().item(),
+        "mismatch/kl_k1": -gap.mean().item(),
+        "mismatch/kl_k3": (bounded.exp() - 1 - bounded).mean().item(),
+        "mismatch/token_mult_prob_error": bounded.abs().exp().mean().item(),
+    }
+    probs = torch.stack([old.exp(), behaviour.exp()])
+    centred = probs - probs.mean(dim=1, keepdim=True)
+    norms = centred.norm(dim=1)
+    if bool((norms > 0).all()):
+        metrics["mismatch/prob_correlation"] = ((centred[0] @ centred[1]) / norms.prod()).item()
+    return metrics
+
+
+def _checked(group: Group) -> list[bool]:
+    return [s.score.correct for s in group.samples if s.score.correct is not None]
+
+
+def _score_metrics(samples: Sequence[ScoredSample]) -> dict[str, float]:
+    """Outcome shares. With c checked samples: beta = wrong / c; gamma and alpha split the right rest by the ratio found
+    among judged ones, so the three add to 1 and GenRM failures, which only right answers have, do not inflate beta."""
+    scores = [s.score for s in samples]
+    reasons = Counter(score.unscored_reason for score in scores if score.unscored_reason is not None)
+    metrics: dict[str, float] = {"score/samples": len(scores), "score/unscored": reasons.total()}
+    metrics |= {f"score/unscored/{reason}": count for reason, count in sorted(reasons.items())}
+    if scores:
+        metrics["score/unscored_share"] = reasons.total() / len(scores)
+    checked = [score for score in scores if score.correct is not None]
+    right = [score for score in checked if score.correct]
+    judged = [score for score in right if score.verdict is not None]
+    metrics["score/judged"] = len(judged)
+    if not checked:
+        return metrics
+    accuracy = metrics["score/accuracy"] = len(right) / len(checked)
+    metrics["score/wrong_share"] = wrong_share = 1.0 - accuracy
+    if judged:
+        metrics["score/flawed_positive_ratio"] = sum(score.flawed for score in judged) / len(judged)
+    if judged or not right:
+        flawed_share = accuracy * metrics.get("score/flawed_positive_ratio", 0.0)
+        metrics["score/flawed_share"] = flawed_share
+        metrics["score/sound_share"] = sound_share = accuracy - flawed_share
+        # With no wrong sample rho has no finite value; one wrong sample is assumed, which gives a lower bound to plot.
+        metrics["score/learning_progress"] = sound_share / max(wrong_share, 1.0 / len(checked))
+    return metrics
+
+
+def _reward_metrics(samples: Sequence[ScoredSample]) -> dict[str, float]:
+    scored = [s.score for s in samples if s.score.reward is not None]
+    if not scored:
+        return {}
+    rewards = [score.reward for score in scored if score.reward is not None]
+    return {
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
+        "reward/overlong_mean": statistics.fmean(score.overlong for score in scored),
+        "reward/overlong_share": sum(score.overlong < 0 for score in scored) / len(scored),
+    }
+
+
+def _length_metrics(samples: Sequence[ScoredSample]) -> dict[str, float]:
+    lengths = sorted(len(s.sample.token_ids) for s in samples)
+    if not lengths:
+        return {}
+    return {
+        "response/tokens_mean": statistics.fmean(lengths),
+        "response/tokens_min": lengths[0],
+        "response/tokens_p95": lengths[math.ceil(0.95 * len(lengths)) - 1],
+        "response/tokens_max": lengths[-1],
+        "response/truncated_share": sum(s.sample.finish_reason == "length" for s in samples) / len(samples),
+    }
+
+
+def _group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    if not groups:
+        return {}
+    rewards = [[s.score.reward for s in group.samples] for group in groups]
+    unscored = sum(all(reward is None for reward in group) for group in rewards)
+    with_signal = sum(has_signal(group_advantages(group, normalize_std=False)) for group in rewards)
+    return {
+        "group/count": len(groups),
+        "group/no_signal_share": 1.0 - with_signal / len(groups),
+        "group/unscored_share": unscored / len(groups),
+    }
