@@ -1,0 +1,135 @@
+"""Which server is asked, and which servers count as alive: a pure state machine, with time passed in.
+
+    HEALTHY --failure--> SUSPECT --third failure in a row--> DEAD --probe answers--> RECOVERING --answer--> HEALTHY
+                                                              ^-------------failure---------'
+
+Invariants, asserted by the tests
+- A DEAD server gets no request; a RECOVERING one gets one at a time, so that a server which lists its models but never
+  answers costs one request per recovery and not a flood.
+- DEAD is left only through an answered probe or an answered request.
+- No server holds more than `max_concurrent` requests; outstanding counts return to zero when all requests ended.
+- A server that failed this verdict before is not chosen while another usable one exists, even a full one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+
+
+class State(Enum):
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    RECOVERING = "recovering"
+
+
+class Effect(Enum):
+    """What the end of a request says about its server."""
+
+    ANSWERED = "answered"
+    FAILED = "failed"
+    GONE = "gone"
+    """Nobody listens there any more: dead at once."""
+    BUSY = "busy"
+    """It asked to be left alone for a while; it is not ill."""
+    NOTHING = "nothing"
+    """Cancelled by us, or the request was at fault."""
+
+
+FAILURES_UNTIL_DEAD = 3
+FIRST_PROBE_S = 1.0
+LAST_PROBE_S = 30.0
+
+
+@dataclass
+class Server:
+    url: str
+    state: State = State.HEALTHY
+    failures: int = 0
+    """Consecutive."""
+    requests: int = 0
+    """Outstanding."""
+    tokens: int = 0
+    """Outstanding: prompts and expected critiques."""
+    busy_until: float = -math.inf
+    down_since: float | None = None
+    """Since when it has answered nothing; RECOVERING still counts as down."""
+    probe_at: float = math.inf
+    probe_delay_s: float = FIRST_PROBE_S
+
+
+class ServerPool:
+    """The servers of a run. The caller sends requests and probes, and reports how they ended."""
+
+    def __init__(self, urls: Collection[str], max_concurrent: int) -> None:
+        self.servers = {url: Server(url) for url in urls}
+        self._max_concurrent = max_concurrent
+
+    def has_room(self, now: float) -> bool:
+        return any(self._room(server, now) for server in self.servers.values())
+
+    def choose(self, tried: Collection[str], now: float) -> str | None:
+        """The usable server with room and the least outstanding tokens; None: wait.
+
+        `tried` are the servers that already failed this verdict: they come into question only when no other is usable.
+        """
+        usable = [server for server in self.servers.values() if server.state is not State.DEAD]
+        candidates = [server for server in usable if server.url not in tried] or usable
+        free = [server for server in candidates if self._room(server, now)]
+        return min(free, key=lambda server: (server.tokens, server.requests)).url if free else None
+
+    def begin(self, url: str, tokens: int) -> None:
+        self.servers[url].requests += 1
+        self.servers[url].tokens += tokens
+
+    def end(self, url: str, tokens: int, effect: Effect, now: float, busy_for_s: float = 0.0) -> None:
+        """Accounts for a request that `begin` announced with the same number of tokens."""
+        server = self.servers[url]
+        server.requests -= 1
+        server.tokens -= tokens
+        if effect is Effect.ANSWERED:
+            server.state, server.failures, server.down_since = State.HEALTHY, 0, None
+            server.probe_at, server.probe_delay_s = math.inf, FIRST_PROBE_S
+        elif effect is Effect.BUSY:
+            server.busy_until = now + busy_for_s
+        elif effect in (Effect.FAILED, Effect.GONE) and server.state is not State.DEAD:
+            server.failures += 1
+            if server.state is State.RECOVERING:
+                server.probe_delay_s = min(2 * server.probe_delay_s, LAST_PROBE_S)
+                self._bury(server, now)
+            elif effect is Effect.GONE or server.failures >= FAILURES_UNTIL_DEAD:
+                self._bury(server, now)
+            else:
+                server.state = State.SUSPECT
+
+    def probe_due(self, url: str, now: float) -> bool:
+        return self.servers[url].state is State.DEAD and now >= self.servers[url].probe_at
+
+    def probed(self, url: str, answered: bool, now: float) -> None:
+        """Accounts for a probe of a DEAD server."""
+        server = self.servers[url]
+        if server.state is not State.DEAD:
+            return
+        if answered:
+            server.state = State.RECOVERING
+        else:
+            server.probe_delay_s = min(2 * server.probe_delay_s, LAST_PROBE_S)
+            server.probe_at = now + server.probe_delay_s
+
+    def down_since(self) -> float | None:
+        """Since when no server has answered; None while one counts as alive."""
+        since = [server.down_since for server in self.servers.values()]
+        return None if None in since else max(moment for moment in since if moment is not None)
+
+    def _room(self, server: Server, now: float) -> bool:
+        limit = {State.DEAD: 0, State.RECOVERING: 1}.get(server.state, self._max_concurrent)
+        return server.requests < limit and now >= server.busy_until
+
+    def _bury(self, server: Server, now: float) -> None:
+        server.state = State.DEAD
+        server.probe_at = now + server.probe_delay_s
+        if server.down_since is None:
+            server.down_since = now
