@@ -1,0 +1,277 @@
+"""One rollout engine: vLLM's AsyncLLM in an actor of its own, the only place that generates samples.
+
+In: prompts. Out: a stream of samples, each as soon as it is finished, stamped with the version of the weights that
+produced all of it. The caller makes the actor (`ray.remote(RolloutEngine)`); nothing here needs Ray.
+
+Reproducible on one machine: a sample's random numbers depend on its seed alone, and its logits on which requests share
+the batch. So the requests of a `generate` call are admitted together while the scheduler is paused, and start from an
+empty prefix cache: the batches are then the same in every run, however the requests' arrival was timed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import fields
+from typing import Any
+
+from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
+from megatron_fapo.data.records import Prompt, Sample, SampleKey
+from megatron_fapo.errors import UserError
+from megatron_fapo.rollout.environment import vllm_environment
+from megatron_fapo.rollout.guard import Guard
+from megatron_fapo.rollout.sampling import sample_seed
+from megatron_fapo.weight_sync.protocol import EngineVersion
+
+RECEIVER = "megatron_fapo.weight_sync.receiver.RefitReceiver"
+
+
+class EngineDiedError(RuntimeError):
+    """A rollout engine is gone: vLLM failed, or its process was killed."""
+
+
+class RolloutEngine:
+    """A vLLM engine. Call `start` first and `shutdown` last."""
+
+    def __init__(
+        self,
+        model_path: str,
+        config: RolloutConfig,
+        *,
+        device: str,
+        dtype: str,
+        max_model_len: int,
+        seed: int = 0,
+        log_path: str | None = None,
+    ) -> None:
+        """
+        Args:
+            model_path: HF checkpoint; its weights are served until the first refit.
+            device: `cpu` or `gpu`.
+            dtype: `float32` or `bfloat16`.
+            max_model_len: longest prompt plus longest response, in tokens.
+            seed: the run's; seeds samples together with their identity.
+            log_path: where this process and vLLM's write their output; None leaves it where it goes.
+        """
+        self.model_path, self.config, self.device, self.dtype = model_path, config, device, dtype
+        self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
+        self._version = EngineVersion(0)
+        self._admission = asyncio.Lock()
+        self._active: set[str] = set()
+        self._requests = 0
+        self._paused = False
+        self._llm: Any = None
+        self._guard: Guard | None = None
+
+    def _engine_args(self) -> dict[str, Any]:
+        args: dict[str, Any] = {
+            "model": self.model_path,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "tensor_parallel_size": self.config.tensor_parallel,
+            # Inside an actor vLLM would place its workers through Ray, on resources that the actor already holds.
+            "distributed_executor_backend": "mp" if self.config.tensor_parallel > 1 else "uni",
+            "max_num_seqs": self.config.max_num_seqs,
+            "enforce_eager": self.config.enforce_eager or self.device == "cpu",
+            "enable_prefix_caching": True,
+            # The log-probability of the distribution that the token was drawn from: after temperature, top_p, top_k.
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": RECEIVER,
+            "disable_log_stats": True,
+        }
+        if self.device == "cpu":
+            args["kv_cache_memory_bytes"] = int(self.config.cpu_kv_cache_gb * 2**30)
+            # With chunks, vLLM rewinds the seeded generator of a half-read prompt by an offset that CPU generators do
+            # not have, and its engine core dies.
+            args["enable_chunked_prefill"] = False
+            args["max_num_batched_tokens"] = max(self.max_model_len, 4096)
+        else:
+            args["gpu_memory_utilization"] = self.config.gpu_memory_utilization
+        if taken := sorted(args.keys() & self.config.vllm.keys()):
+            raise UserError(f"rollout.vllm: {', '.join(taken)} is set by other fields of the configuration; use those")
+        return args | self.config.vllm
+
+    async def start(self, version: int = 0) -> dict[str, Any]:
+        """Load the model and return facts about the engine. It then serves the checkpoint's weights as `version`.
+
+        Raises:
+            UserError: `rollout.vllm` names an option that vLLM does not have.
+            RuntimeError: vLLM did not start; its own words are in the log.
+        """
+        began = time.monotonic()
+        if self.log_path is not None:
+            self._redirect_output(self.log_path)
+        self._guard = Guard()
+        os.environ.update(vllm_environment(self.device, start_timeout_s=self.config.start_timeout_s))
+        os.environ.update(self._guard.environment)
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = self._engine_args()
+        if unknown := sorted(args.keys() - {field.name for field in fields(AsyncEngineArgs)}):
+            raise UserError(f"rollout.vllm: vLLM {vllm.__version__} has no option {', '.join(unknown)}")
+        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
+        self._tokenizer = self._llm.get_tokenizer()
+        self._version = EngineVersion(version)
+        return {
+            "vllm": vllm.__version__,
+            "pid": os.getpid(),
+            "max_model_len": self._llm.model_config.max_model_len,
+            "kv_cache_tokens": self._kv_cache_tokens(),
+            "start_s": time.monotonic() - began,
+        }
+
+    def _kv_cache_tokens(self) -> int:
+        cache = self._llm.vllm_config.cache_config
+        return int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+
+    @staticmethod
+    def _redirect_output(path: str) -> None:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+
+    async def generate(
+        self,
+        prompts: Sequence[Prompt],
+        epochs: Sequence[int],
+        *,
+        n: int,
+        sampling: SamplingConfig,
+        max_tokens: int,
+    ) -> AsyncIterator[Sample]:
+        """Yield n samples of each prompt, each as soon as it is finished.
+
+        Args:
+            prompts: tokenised.
+            epochs: the epoch of each prompt, part of its samples' identity and seeds.
+            max_tokens: responses are cut here.
+
+        Raises:
+            StaleEngineError: a refit failed or is under way.
+            UserError: a prompt and max_tokens do not fit max_model_len.
+        """
+        version = self._version.require_fresh()
+        for prompt in prompts:
+            if not 0 < len(prompt.token_ids) <= self.max_model_len - max_tokens:
+                raise UserError(
+                    f"prompt {prompt.prompt_id} has {len(prompt.token_ids)} tokens; with max_response_tokens "
+                    f"{max_tokens} the engine's context of {self.max_model_len} takes 1 to "
+                    f"{self.max_model_len - max_tokens}"
+                )
+        keys = [
+            (prompt, SampleKey(prompt.prompt_id, epoch, index))
+            for prompt, epoch in zip(prompts, epochs, strict=True)
+            for index in range(n)
+        ]
+        waiting: dict[str, asyncio.Task[Sample]] = {}
+        try:
+            async with self._admission:
+                await self._admit(keys, sampling, max_tokens, version, waiting)
+            for finished in asyncio.as_completed(list(waiting.values())):
+                yield await finished
+        except Exception as error:
+            if self._llm.errored:
+                raise EngineDiedError(f"vLLM failed while it generated: {error}") from error
+            raise
+        finally:
+            unfinished = [request for request, task in waiting.items() if not task.done() or task.cancelled()]
+            for task in waiting.values():
+                task.cancel()
+            self._active -= waiting.keys()
+            if unfinished and not self._llm.errored:
+                await self._llm.abort(unfinished, internal=True)
+
+    async def _admit(
+        self,
+        keys: Sequence[tuple[Prompt, SampleKey]],
+        sampling: SamplingConfig,
+        max_tokens: int,
+        version: int,
+        waiting: dict[str, asyncio.Task[Sample]],
+    ) -> None:
+        """Hand all requests to the scheduler while it is paused, then let it run."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        await self._llm.pause_generation(mode="keep", clear_cache=not self._active)
+        for prompt, key in keys:
+            params = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=max_tokens,
+                seed=sample_seed(self.seed, key),
+                logprobs=0,
+                flat_logprobs=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            self._requests += 1
+            tokens = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
+            collector = await self._llm.add_request(f"sample-{self._requests}", tokens, params)
+            task = asyncio.ensure_future(self._finish(collector, prompt, key, version))
+            waiting[collector.request_id] = task
+            self._active.add(collector.request_id)
+        if not self._paused:
+            await self._llm.resume_generation()
+
+    async def _finish(self, collector: Any, prompt: Prompt, key: SampleKey, version: int) -> Sample:
+        output = (await collector.get()).outputs[0]
+        self._active.discard(collector.request_id)
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended sample {key} with finish_reason {output.finish_reason!r}; see its log")
+        token_ids, flat = tuple(output.token_ids), output.logprobs
+        # One column, the sampled token's: anything else means that vLLM's layout changed under us.
+        if tuple(flat.token_ids) != token_ids:
+            raise RuntimeError(f"vLLM returned {len(flat.token_ids)} log-probabilities for {len(token_ids)} tokens")
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return Sample(key, prompt, token_ids, tuple(flat.logprobs), text, output.finish_reason, version)
+
+    async def pause(self) -> None:
+        """Freeze generation; requests stay where they are until `resume`."""
+        async with self._admission:
+            self._paused = True
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+
+    async def resume(self) -> None:
+        async with self._admission:
+            self._paused = False
+            await self._llm.resume_generation()
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give the GPU memory of weights (level 1: kept in host memory; 2: dropped) and KV cache back."""
+        await self._llm.sleep(level)
+
+    async def wake(self, tags: list[str] | None = None) -> None:
+        """Take GPU memory again: `weights`, then, after a refit, `kv_cache`; None takes both."""
+        await self._llm.wake_up(tags)
+
+    def version(self) -> int:
+        """The version that samples would be stamped with.
+
+        Raises:
+            StaleEngineError: a refit failed or is under way.
+        """
+        return self._version.require_fresh()
+
+    def in_flight(self) -> int:
+        """Samples that are waiting or being generated."""
+        return len(self._active)
+
+    async def shutdown(self) -> None:
+        """Stop vLLM; returns when none of its processes is left."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown, 1.0)
+            self._llm = None
+        if self._guard is not None:
+            await asyncio.to_thread(self._guard.release)
+            self._guard = None

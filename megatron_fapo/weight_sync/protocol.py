@@ -1,0 +1,144 @@
+"""When an engine may serve, and what a whole refit is. Pure: no I/O, no processes, no vLLM.
+
+    FRESH(v) --begin--> UPDATING --complete(v+1)--> FRESH(v+1)
+                            |fail
+                            v
+                          STALE --begin--> UPDATING ...
+
+Invariants: an engine serves only while FRESH; its version changes only when a whole refit has completed; whatever
+fails in between leaves it STALE, from where a new refit may begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class RefitError(RuntimeError):
+    """A refit did not complete. The engine is stale and serves nothing until a whole refit succeeds."""
+
+
+class StaleEngineError(RuntimeError):
+    """The engine was asked to serve while its weights are not one whole version."""
+
+
+class EngineState(Enum):
+    FRESH = "fresh"
+    UPDATING = "updating"
+    STALE = "stale"
+
+
+@dataclass
+class EngineVersion:
+    """The version that an engine holds, and whether it may serve with it."""
+
+    version: int
+    """The last version that was whole; -1: none yet."""
+    state: EngineState = EngineState.FRESH
+
+    def require_fresh(self) -> int:
+        """The version to stamp on samples.
+
+        Raises:
+            StaleEngineError: the weights are not one whole version.
+        """
+        if self.state is not EngineState.FRESH:
+            raise StaleEngineError(
+                f"the engine is {self.state.value} (last whole version {self.version}): it serves nothing until a "
+                "refit succeeds"
+            )
+        return self.version
+
+    def begin(self) -> None:
+        if self.state is EngineState.UPDATING:
+            raise RefitError("a refit is under way: abort it before another begins")
+        self.state = EngineState.UPDATING
+
+    def require_updating(self) -> None:
+        if self.state is not EngineState.UPDATING:
+            raise RefitError(f"no refit is under way: the engine is {self.state.value}")
+
+    def complete(self, version: int) -> None:
+        self.require_updating()
+        self.version, self.state = version, EngineState.FRESH
+
+    def fail(self) -> None:
+        self.state = EngineState.STALE
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One HF-named tensor in a bucket."""
+
+    name: str
+    dtype: str
+    """As torch names it, without `torch.`."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the bucket."""
+    checksum: int | None = None
+    """Of its bytes, when this refit is verified."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Where the bytes of some tensors are, and which. Small, picklable, and made of builtin types."""
+
+    host: str
+    """Boot id and PID namespace of the sender's node: shared memory and IPC handles mean nothing elsewhere."""
+    transport: str
+    """`shm` or `cuda_ipc`."""
+    handle: tuple[object, ...]
+    """shm: (path,). cuda_ipc: (GPU UUID, then what torch's storage sharing gives)."""
+    nbytes: int
+    entries: tuple[TensorEntry, ...]
+
+
+@dataclass
+class Coverage:
+    """What a refit must deliver, and what it has delivered: every tensor once, in the shape of the checkpoint."""
+
+    expected: Mapping[str, tuple[int, ...]]
+    """HF name -> shape."""
+    optional: frozenset[str] = frozenset()
+    """Names that may come and are ignored by the engine: the output layer of a model with tied embeddings."""
+    received: set[str] = field(default_factory=set)
+
+    def add(self, entries: Iterable[TensorEntry]) -> None:
+        """Count the tensors of one bucket.
+
+        Raises:
+            RefitError: a name that the engine does not know, that came before, or whose shape differs.
+        """
+        for entry in entries:
+            if entry.name in self.received:
+                raise RefitError(f"{entry.name} was sent twice in one refit")
+            if entry.name in self.expected and entry.shape != self.expected[entry.name]:
+                raise RefitError(
+                    f"{entry.name} has shape {entry.shape}; the engine's checkpoint has {self.expected[entry.name]}"
+                )
+            if entry.name not in self.expected and entry.name not in self.optional:
+                raise RefitError(f"{entry.name} is not in the engine's checkpoint: policy and engine differ in model")
+            self.received.add(entry.name)
+
+    def require_complete(self) -> None:
+        """
+        Raises:
+            RefitError: tensors are missing; names them.
+        """
+        missing = sorted(set(self.expected) - self.received)
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise RefitError(f"{len(missing)} of {len(self.expected)} tensors were never sent: {shown}")
+
+
+def choose_transport(sender_gpus: Iterable[str], engine_gpus: Iterable[str]) -> str:
+    """`cuda_ipc` when every engine rank sits on the senders' one GPU, else `shm`.
+
+    A process that Ray confines to its own cards cannot open memory of another card, so peers on different cards of
+    one node meet in host memory.
+    """
+    gpus = set(sender_gpus) | set(engine_gpus)
+    return "cuda_ipc" if len(gpus) == 1 and "" not in gpus else "shm"
