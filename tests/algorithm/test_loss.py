@@ -159,25 +159,25 @@ def test_no_tokens_is_a_zero_that_can_be_differentiated(shape):
 
 
 def test_metrics_of_a_hand_counted_batch():
-    ratios = torch.tensor([[1.0, 2.0, 0.5, 12.0, 1.25, 5.0]], dtype=torch.float64)
+    ratios = torch.tensor([[0.5, 11.0, 0.5, 12.0, 1.5, 5.0]], dtype=torch.float64)
     advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0, -2.0, 9.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, True, True, True, False]])
     zeros = torch.zeros_like(ratios)
     behaviour = torch.tensor([[0.0, 0.0, 0.0, -math.log(4.0), math.log(2.0), 0.0]], dtype=torch.float64)
     inputs = LossInputs(ratios.log(), zeros, advantages, mask, behaviour, entropy_BT=torch.full_like(ratios, 0.5))
     outputs = policy_loss(inputs, AlgorithmConfig(tis_cap=2.0))
-    logs = [0.0, math.log(2), math.log(0.5), math.log(12), math.log(1.25)]
-    # unclipped -1; clipped high -1.28; clipped low 0.8; dual clip 10, TIS weight 4 cut to 2; 2 * 1.25 at weight 1/2
-    surrogate = (-1 - 1.28 + 0.8 + 10 * 2 + 2.5 * 0.5) / 5
+    logs = [math.log(0.5), math.log(11), math.log(0.5), math.log(12), math.log(1.5)]
+    # unclipped 0.5; clipped high 1.28; clipped low 0.8; dual clip 10, TIS weight 4 cut to 2; 2 * 1.5 at weight 1/2
+    surrogate = (-0.5 - 1.28 + 0.8 + 10 * 2 + 3 * 0.5) / 5
     assert finish_token_sums(outputs.token_sums) == pytest.approx(
         {
             "policy/tokens": 5,
             "policy/loss": surrogate,
             "policy/surrogate_loss": surrogate,
-            "policy/ratio_mean": 16.75 / 5,
+            "policy/ratio_mean": 25.5 / 5,
             "policy/advantage_mean": -2 / 5,
             "policy/kl_old_new_k1": -sum(logs) / 5,
-            "policy/kl_old_new_k3": (16.75 - 5 - sum(logs)) / 5,
+            "policy/kl_old_new_k3": (25.5 - 5 - sum(logs)) / 5,
             "policy/clip_high_fraction": 1 / 5,
             "policy/clip_low_fraction": 1 / 5,
             "policy/dual_clip_fraction": 1 / 5,
