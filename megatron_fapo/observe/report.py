@@ -1,0 +1,179 @@
+"""`fapo report`: one self-contained HTML file of one or several runs, readable without a network or a server."""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from megatron_fapo.errors import UserError
+from megatron_fapo.observe.files import write_atomically
+from megatron_fapo.observe.metrics import read_metrics
+from megatron_fapo.observe.plots import PALETTE, PLOTS, draw, draw_phases
+from megatron_fapo.observe.samples import read_samples, sample_steps
+
+SAMPLE_BYTES = 8 << 20
+"""Most bytes of samples in one report, over all its runs; browsers stay quick up to here."""
+SAMPLE_STEPS = 24
+"""Most steps of one run whose samples are in a report: the first, the last and evenly spaced ones between."""
+
+TILES = (
+    ("Accuracy", "score/accuracy", "{:.1%}"),
+    ("Flawed-positive ratio", "score/flawed_positive_ratio", "{:.1%}"),
+    ("Reward", "reward/mean", "{:+.3f}"),
+    ("Response tokens", "response/tokens_mean", "{:.0f}"),
+    ("Step time", "phase_s/total", "{:.1f} s"),
+    ("Log-prob. mismatch", "mismatch/abs_mean", "{:.1e}"),
+)
+"""Headline, metric and form of the tiles on top."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    name: str
+    path: Path
+    metrics: list[dict[str, float]]
+    config: str
+    """Text of config.yaml, empty when the directory has none."""
+
+
+def write_report(run_dirs: Sequence[Path], out: Path) -> None:
+    """Write the report of the runs in `run_dirs` to `out`; several runs are overlaid in each plot.
+
+    Raises UserError when a directory has no metrics. Whatever else is missing leaves its part of the report out.
+    """
+    runs = [_read(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    title = " and ".join(run.name for run in runs)
+    samples, stated = _samples(runs)
+    parts = {
+        "TITLE": html.escape(title),
+        "RUNS": "".join(_chip(order, run) for order, run in enumerate(runs)),
+        "TILES": "".join(filter(None, (_tile(*tile, runs) for tile in TILES))),
+        "PLOTS": _plots(runs),
+        "CONFIG": _config(runs),
+        "STATED": html.escape(stated),
+        # `<` never appears raw, so no text of a model can end the script element or open a comment in it.
+        "SAMPLES": json.dumps(samples, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    template = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    # One pass over the template only: a text that happens to contain {{TITLE}} stays as it is.
+    write_atomically(out, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))
+
+
+def _read(path: Path, name: str) -> _Run:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory")
+    config = path / "config.yaml"
+    return _Run(name, path, read_metrics(path), config.read_text(encoding="utf-8") if config.is_file() else "")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    if len(set(parts)) < len(parts):
+        raise UserError(f"the same run is named twice: {', '.join(map(str, paths))}")
+    depth = 1
+    while len({p[-depth:] for p in parts}) < len(parts):
+        depth += 1
+    return ["/".join(p[-depth:]) for p in parts]
+
+
+def _chip(order: int, run: _Run) -> str:
+    steps = run.metrics[-1]["step"] if run.metrics else 0
+    seconds = sum(record.get("phase_s/total", 0.0) for record in run.metrics)
+    facts = [f"{steps:.0f} steps"] + (
+        [f"{seconds / 3600:.2f} h" if seconds > 3600 else f"{seconds:.0f} s"] * (seconds > 0)
+    )
+    colour = f'<i style="background:{PALETTE[order % len(PALETTE)]}"></i>'
+    return f'<span class="chip">{colour}<b>{html.escape(run.name)}</b> {", ".join(facts)}</span>'
+
+
+def _tile(title: str, metric: str, form: str, runs: Sequence[_Run]) -> str:
+    rows = []
+    for order, run in enumerate(runs):
+        values = [record[metric] for record in run.metrics if metric in record]
+        if not values:
+            continue
+        width = max(1, len(values) // 10)
+        first, last = form.format(fmean(values[:width])), form.format(fmean(values[-width:]))
+        dot = f'<i style="background:{PALETTE[order % len(PALETTE)]}"></i>' if len(runs) > 1 else ""
+        rows.append(f'<div class="value">{dot}<span class="first">{first} →</span> <span>{last}</span></div>')
+    return f'<div class="tile"><h3>{title}</h3>{"".join(rows)}</div>' if rows else ""
+
+
+def _plots(runs: Sequence[_Run]) -> str:
+    series = {run.name: run.metrics for run in runs}
+    figures = [(plot.title, plot.note, draw(plot, series)) for plot in PLOTS]
+    for run in runs:
+        title = "Phase times" if len(runs) == 1 else f"Phase times: {run.name}"
+        figures.append((title, "Seconds of each step.", draw_phases(title, run.metrics)))
+    return "".join(
+        f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption>{svg}</figure>"
+        for title, note, svg in figures
+        if svg is not None
+    )
+
+
+def _config(runs: Sequence[_Run]) -> str:
+    blocks = []
+    if len(runs) > 1:
+        first = runs[0]
+        for run in runs[1:]:
+            names = (first.name, run.name)
+            lines = difflib.unified_diff(first.config.splitlines(), run.config.splitlines(), *names, lineterm="", n=1)
+            text = "\n".join(lines) or "no difference"
+            summary = f"{html.escape(first.name)} against {html.escape(run.name)}"
+            blocks.append(f"<details open><summary>{summary}</summary><pre>{html.escape(text)}</pre></details>")
+    blocks += [
+        f"<details><summary>{html.escape(run.name)}</summary><pre>{html.escape(run.config)}</pre></details>"
+        for run in runs
+        if run.config
+    ]
+    return "".join(blocks) or "<p>No config.yaml in the run directory.</p>"
+
+
+def _samples(runs: Sequence[_Run]) -> tuple[list[dict[str, Any]], str]:
+    """The samples that go into the report, and a sentence that says how many of how many they are."""
+    chosen: list[dict[str, Any]] = []
+    shown = there = 0
+    for run in runs:
+        steps = list(sample_steps(run.path))
+        picked = _evenly(steps, SAMPLE_STEPS)
+        budget = SAMPLE_BYTES // len(runs) // max(1, len(picked))
+        kept: list[dict[str, Any]] = []
+        for step in steps:
+            records = read_samples(run.path, step)
+            there += len(records)
+            if step in picked:
+                kept.append({"step": step, "samples": _within(records, budget)})
+                shown += len(kept[-1]["samples"])
+        form = (yaml.safe_load(run.config or "{}") or {}).get("genrm", {}).get("prompt_form")
+        chosen.append({"run": run.name, "paragraphs": form == "tagged", "steps": kept})
+    limit = f"at most {SAMPLE_STEPS} steps of a run and {SAMPLE_BYTES >> 20} MiB"
+    rest = "" if shown == there else f" ({limit}; the rest is in samples/ of the run directory)"
+    return chosen, f"{shown:,} of {there:,} recorded samples are in this file{rest}."
+
+
+def _evenly(steps: list[int], count: int) -> set[int]:
+    if len(steps) <= count:
+        return set(steps)
+    return {steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}
+
+
+def _within(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    kept, used = [], 0
+    for record in records:
+        slim = {key: value for key, value in record.items() if key != "messages"}
+        used += len(json.dumps(slim, ensure_ascii=False).encode())
+        if used > budget:
+            break
+        kept.append(slim)
+    return kept

@@ -1,0 +1,152 @@
+"""The `fapo` command as a person meets it: exit codes, messages, and what reaches the code behind a verb."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fapo import __version__, cli
+from megatron_fapo.config import Config
+from megatron_fapo.errors import UserError
+from tests.config.test_preflight import write_model
+from tests.observe.synthetic import make_run
+
+
+def fapo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_fapo.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def behind(monkeypatch: pytest.MonkeyPatch, module: str, name: str, result: Any) -> list[tuple[tuple, dict]]:
+    """Put a recorder in the place of a verb's implementation; `result` is returned, or raised."""
+    calls: list[tuple[tuple, dict]] = []
+
+    def record(*args: Any, **kwargs: Any) -> int:
+        calls.append((args, kwargs))
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    stand_in = types.ModuleType(module)
+    setattr(stand_in, name, record)
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    return calls
+
+
+@pytest.fixture
+def run_file(tmp_path) -> Path:
+    """A configuration that preflight accepts."""
+    write_model(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "run.yaml").write_text(
+        f"run_dir: {tmp_path / 'run'}\n"
+        f"data: {{train: ['{tmp_path / 'train.jsonl'}'], eval: {{a: '{tmp_path / 'train.jsonl'}'}},"
+        " max_prompt_tokens: 128}\n"
+        f"policy: {{model_path: '{tmp_path / 'model'}'}}\n"
+        "rollout: {max_response_tokens: 384}\n"
+        "reward: {overlong: {enabled: false}}\n"
+        "genrm: {enabled: false}\n"
+    )
+    return tmp_path / "run.yaml"
+
+
+def test_version_and_help():
+    assert fapo("--version").stdout == f"fapo {__version__}\n"
+    assert "train" in fapo("--help").stdout
+
+
+def test_bad_input_is_one_message_without_a_traceback():
+    result = fapo("train", "sede=1", "rollout.replicas=0")
+    assert result.returncode == 2
+    assert "did you mean seed?" in result.stderr
+    assert "rollout.replicas = 0 (command line)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_problems_of_the_configuration_and_of_its_files_come_together():
+    result = fapo("train", "training.prompts_per_step=7", "data.train=[absent.jsonl]")
+    assert result.returncode == 2
+    for part in (
+        "training.prompts_per_step = 7",
+        "no file absent.jsonl",
+        "policy.model_path is empty",
+        "needs a GenRM",
+    ):
+        assert part in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "--frobnicate"], ["train", "word"], ["convert", "sideways", "a", "b"], []]
+)
+def test_wrong_arguments_exit_with_2(arguments):
+    assert fapo(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_train_passes_its_exit_code_on(run_file, monkeypatch, code):
+    calls = behind(monkeypatch, "megatron_fapo.training.loop", "train_command", code)
+    assert cli.main(["train", "seed=5", "-c", str(run_file), "training.steps=3", "--resume", "gpu_share=0.5"]) == code
+    (((config,), kwargs),) = calls
+    assert isinstance(config, Config)
+    assert (config.seed, config.training.steps, config.gpu_share, kwargs) == (5, 3, 0.5, {"resume": True})
+
+
+def test_an_error_for_the_user_from_inside_a_verb_exits_with_2(run_file, monkeypatch, capsys):
+    behind(monkeypatch, "megatron_fapo.training.loop", "train_command", UserError("row 3 of x.jsonl has no prompt"))
+    assert cli.main(["train", "-c", str(run_file)]) == 2
+    assert capsys.readouterr().err == "fapo: row 3 of x.jsonl has no prompt\n"
+
+
+def test_any_other_error_is_a_failure_with_its_traceback(run_file, monkeypatch):
+    behind(monkeypatch, "megatron_fapo.training.loop", "train_command", RuntimeError("broken"))
+    with pytest.raises(RuntimeError, match="broken"):
+        cli.main(["train", "-c", str(run_file)])
+
+
+def test_the_other_verbs_get_typed_arguments(run_file, monkeypatch):
+    evaluate = behind(monkeypatch, "megatron_fapo.training.evaluation", "evaluate_command", 0)
+    convert = behind(monkeypatch, "megatron_fapo.policy.convert", "convert_command", 0)
+    demo = behind(monkeypatch, "megatron_fapo.demo", "demo_command", 0)
+    warmup = behind(monkeypatch, "megatron_fapo.training.warmup", "warmup_command", 0)
+    assert cli.main(["evaluate", "-c", str(run_file), "data.train=[]"]) == 0
+    assert cli.main(["convert", "megatron-to-hf", "a", "b"]) == 0
+    assert cli.main(["demo", "--compare"]) == 0
+    assert cli.main(["warmup", "-c", str(run_file), "--data", "d.jsonl", "--out", "o"]) == 0
+    assert isinstance(evaluate[0][0][0], Config)
+    assert convert == [(("megatron-to-hf",), {"source": Path("a"), "target": Path("b")})]
+    assert demo == [((), {"out": Path("runs/demo"), "compare": True})]
+    assert warmup[0][1] == {"data": Path("d.jsonl"), "out": Path("o")}
+
+
+def test_config_show_and_diff(run_file, capsys):
+    assert cli.main(["config", "show", "-c", str(run_file), "seed=3"]) == 0
+    shown = capsys.readouterr().out
+    assert f"# {run_file}:1" in shown
+    (run_file.parent / "run").mkdir()
+    (run_file.parent / "run" / "config.yaml").write_text(shown)
+    assert cli.main(["config", "diff", str(run_file), str(run_file.parent / "run")]) == 0
+    assert capsys.readouterr().out.startswith("seed: 0 (default) -> 3 (")
+    assert cli.main(["config", "show", "--docs"]) == 0
+    assert "# Group size n." in capsys.readouterr().out
+
+
+def test_report_writes_beside_the_run(tmp_path, capsys):
+    run = make_run(tmp_path / "a", steps=2)
+    assert cli.main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert (run / "report.html").stat().st_size > 10_000
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_the_command_starts_without_heavy_imports():
+    heavy = "{'torch', 'vllm', 'ray', 'megatron', 'matplotlib'}"
+    code = f"import sys; import megatron_fapo.cli; print({heavy} & {{*sys.modules}})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
