@@ -43,6 +43,7 @@ def make_optimizer(model: Any, cfg: OptimizerConfig, dtype: torch.dtype) -> tupl
         ),
         [model],
     )
+    _create_state(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -57,3 +58,22 @@ def make_optimizer(model: Any, cfg: OptimizerConfig, dtype: torch.dtype) -> tupl
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _create_state(optimizer: Any) -> None:
+    """Give torch's AdamW its (zero) state now rather than in its first step.
+
+    mcore asks the state for its step count when it saves or loads and fails on an optimizer that has not stepped.
+    Fused optimizers of Transformer Engine and apex keep the count elsewhere and are left alone.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = part.optimizer
+        if not isinstance(adam, torch.optim.AdamW):
+            continue
+        for group in adam.param_groups:
+            for parameter in group["params"]:
+                adam.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }

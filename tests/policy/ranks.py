@@ -28,8 +28,9 @@ def _serve(rank: int, pipe: Connection) -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"
     while True:
-        job = pipe.recv()
-        if job is None:
+        try:
+            job = pipe.recv()
+        except EOFError:  # the tests are gone
             return
         function, args, world, port = job
         try:
@@ -49,7 +50,7 @@ class Ranks:
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         while len(self.processes) < world:
             here, there = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(len(self.processes), there), daemon=True)
+            process = self.context.Process(target=_serve, args=(len(self.processes), there))
             process.start()
             self.processes.append(process)
             self.pipes.append(here)
@@ -58,9 +59,9 @@ class Ranks:
             pipe.send((function, args, world, port))
         results = []
         for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(240):
+            if not pipe.poll(120):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not answer in 240 s")
+                raise TimeoutError(f"rank {rank} did not answer in 120 s")
             results.append(pipe.recv())
         if failures := [text for ok, text in results if not ok]:
             self.close()  # the others may hang in a collective of the failed rank
