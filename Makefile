@@ -27,4 +27,4 @@ format: setup
 
 # For plain pip; to be made anew whenever uv.lock changes (a test compares them).
 constraints: setup
-	tools/export_constraints > requirements/constraints-cpu.txt
+	tools/export_constraints
