@@ -14,7 +14,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,7 +24,8 @@ from megatron_fapo.errors import UserError
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.sampling import sample_seed
-from megatron_fapo.weight_sync.protocol import EngineVersion
+from megatron_fapo.weight_sync.checkpoint import expected_tensors
+from megatron_fapo.weight_sync.protocol import Bucket, Coverage, EngineState, EngineVersion, RefitError
 
 RECEIVER = "megatron_fapo.weight_sync.receiver.RefitReceiver"
 
@@ -58,7 +59,8 @@ class RolloutEngine:
         """
         self.model_path, self.config, self.device, self.dtype = model_path, config, device, dtype
         self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
-        self._version = EngineVersion(0)
+        self._version = EngineVersion(-1, EngineState.STALE)
+        self._coverage = Coverage({})
         self._admission = asyncio.Lock()
         self._active: set[str] = set()
         self._requests = 0
@@ -122,6 +124,7 @@ class RolloutEngine:
             "pid": os.getpid(),
             "max_model_len": self._llm.model_config.max_model_len,
             "kv_cache_tokens": self._kv_cache_tokens(),
+            "gpus": await self._llm.collective_rpc("refit_device"),
             "start_s": time.monotonic() - began,
         }
 
@@ -254,6 +257,78 @@ class RolloutEngine:
     async def wake(self, tags: list[str] | None = None) -> None:
         """Take GPU memory again: `weights`, then, after a refit, `kv_cache`; None takes both."""
         await self._llm.wake_up(tags)
+
+    async def begin_refit(self) -> dict[str, float]:
+        """Stop serving and make ready for new weights. Returns seconds by phase, as the other steps do.
+
+        Raises:
+            RefitError: samples are in flight, or a refit is under way.
+        """
+        if self._active:
+            raise RefitError(f"{len(self._active)} samples are in flight: their tokens would come from two versions")
+        self._version.begin()
+        self._coverage = expected_tensors(self.model_path)
+
+        async def pause_and_begin() -> None:
+            await self.pause()
+            await self._llm.collective_rpc("refit_begin")
+
+        return {"pause_s": await self._refit_step(pause_and_begin)}
+
+    async def load_bucket(self, bucket: Bucket) -> dict[str, float]:
+        """Load the tensors of one bucket; when this returns, the sender may reuse its memory.
+
+        Raises:
+            RefitError: no refit is under way, or the bucket is wrong; the engine is then stale.
+        """
+        self._version.require_updating()
+
+        async def load() -> None:
+            self._coverage.add(bucket.entries)
+            await self._llm.collective_rpc("refit_load", args=(bucket.to_wire(),))
+
+        return {"load_s": await self._refit_step(load)}
+
+    async def finish_refit(self, version: int) -> dict[str, float]:
+        """Complete the refit: the engine serves `version` from here on.
+
+        Raises:
+            RefitError: no refit is under way, or tensors are missing; the engine is then stale.
+        """
+        self._version.require_updating()
+
+        async def finish() -> None:
+            self._coverage.require_complete()
+            await self._llm.collective_rpc("refit_finish")
+
+        async def reset() -> None:
+            if not await self._llm.reset_prefix_cache():
+                raise RefitError("the prefix cache could not be reset: it would serve the old weights' keys and values")
+
+        seconds = {"finish_s": await self._refit_step(finish), "reset_s": await self._refit_step(reset)}
+        self._version.complete(version)
+        await self.resume()
+        return seconds
+
+    async def abort_refit(self) -> None:
+        """Give an unfinished refit up. The engine stays stale until a whole refit succeeds."""
+        if self._version.state is EngineState.UPDATING:
+            self._version.fail()
+
+    async def _refit_step(self, step: Callable[[], Awaitable[None]]) -> float:
+        began = time.monotonic()
+        try:
+            await step()
+        except BaseException as error:
+            self._version.fail()
+            if not isinstance(error, Exception):
+                raise
+            raise RefitError(f"{error}; the engine is stale and serves nothing until a refit succeeds") from error
+        return time.monotonic() - began
+
+    async def export_weights(self, path: str) -> None:
+        """Write what the engine computes with, HF-named, to a safetensors file (for comparisons)."""
+        await self._llm.collective_rpc("export_weights", args=(path,))
 
     def version(self) -> int:
         """The version that samples would be stamped with.

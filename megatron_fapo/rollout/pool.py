@@ -7,7 +7,8 @@ positions alone (`sampling.assign`), so a run can be repeated.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,9 +17,16 @@ from megatron_fapo.data.records import Prompt, Sample
 from megatron_fapo.errors import UserError
 from megatron_fapo.rollout.engine import EngineDiedError
 from megatron_fapo.rollout.sampling import assign
-from megatron_fapo.weight_sync.protocol import RefitError, StaleEngineError
+from megatron_fapo.weight_sync.protocol import Bucket, RefitError, StaleEngineError
+
+BucketSource = Callable[[], Awaitable[Bucket | None]]
 
 _LOG_LINES = 30
+
+
+def _first(error: BaseException) -> BaseException:
+    """The cause in a task group's bundle: its siblings were only cancelled."""
+    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 class RolloutPool:
@@ -120,6 +128,64 @@ class RolloutPool:
                 ray.cancel(stream)  # the engine aborts the requests of a cancelled stream
                 task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def refit(self, sources: Sequence[BucketSource], version: int, *, timeout_s: float) -> dict[str, float]:
+        """Put new weights into every engine: all of them complete and serve `version`, or the call fails.
+
+        Args:
+            sources: one per policy rank that takes part: gives its next bucket, then None. Called again while the
+                engines load the bucket before (`WeightSender.next` allows that).
+
+        Returns:
+            Metrics `weight_sync/...`: bytes, buckets, and seconds by phase (the slowest engine's).
+
+        Raises:
+            RefitError: with the reason; engines that did not complete are stale, and a new refit may be tried.
+        """
+        began = time.monotonic()
+        totals: list[dict[str, float]] = [{} for _ in self._engines]
+        sent = {"bytes": 0.0, "buckets": 0.0, "pack_s": 0.0}
+
+        async def on_all(method: str, *args: Any) -> None:
+            for total, seconds in zip(totals, await self._all(method, *args), strict=True):
+                for name, value in seconds.items():
+                    total[name] = total.get(name, 0.0) + value
+
+        async def drain(source: BucketSource) -> None:
+            bucket = await source()
+            while bucket is not None:
+                upcoming = asyncio.ensure_future(source())
+                try:
+                    await on_all("load_bucket", bucket)
+                except BaseException:
+                    upcoming.cancel()
+                    raise
+                sent["bytes"] += sum(entry.nbytes for entry in bucket.entries)
+                sent["buckets"] += 1
+                sent["pack_s"] += bucket.pack_s
+                bucket = await upcoming
+
+        async def whole() -> None:
+            await on_all("begin_refit")
+            async with asyncio.TaskGroup() as group:
+                for source in sources:
+                    group.create_task(drain(source))
+            await on_all("finish_refit", version)
+
+        try:
+            await asyncio.wait_for(whole(), timeout_s)
+        except BaseException as error:
+            await self._abandon_refit()
+            if isinstance(error, TimeoutError):
+                raise RefitError(f"the refit to version {version} took more than {timeout_s} s") from error
+            raise _first(error) from None
+        slowest = {name: max(total[name] for total in totals) for name in totals[0]}
+        metrics = slowest | sent | {"total_s": time.monotonic() - began}
+        return {f"weight_sync/{name}": value for name, value in metrics.items()}
+
+    async def _abandon_refit(self) -> None:
+        calls = [self._call(i, "abort_refit") for i in range(len(self._engines))]
+        await asyncio.gather(*calls, return_exceptions=True)  # the refit's own error is the one to report
 
     async def pause(self) -> None:
         await self._all("pause")

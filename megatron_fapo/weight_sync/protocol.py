@@ -12,8 +12,9 @@ fails in between leaves it STALE, from where a new refit may begin.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class RefitError(RuntimeError):
@@ -78,8 +79,9 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the bucket."""
-    checksum: int | None = None
-    """Of its bytes, when this refit is verified."""
+    nbytes: int
+    checksum: str | None = None
+    """Of its bytes (buckets.checksum), when this refit is verified."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,24 @@ class Bucket:
     """Where the bytes of some tensors are, and which. Small, picklable, and made of builtin types."""
 
     host: str
-    """Boot id and PID namespace of the sender's node: shared memory and IPC handles mean nothing elsewhere."""
+    """Boot and PID namespace of the sender (buckets.host_id): its memory can be mapped nowhere else."""
     transport: str
     """`shm` or `cuda_ipc`."""
-    handle: tuple[object, ...]
-    """shm: (path,). cuda_ipc: (GPU UUID, then what torch's storage sharing gives)."""
+    handle: tuple[Any, ...]
+    """shm: (path,). cuda_ipc: (GPU UUID, then what PyTorch's CUDA sharing gives)."""
     nbytes: int
     entries: tuple[TensorEntry, ...]
+    pack_s: float = 0.0
+    """Seconds that the sender took to fill it, gathers over its tensor-parallel group included."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """As builtin types, which vLLM's RPC carries without pickle."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Bucket:
+        entries = tuple(TensorEntry(**(entry | {"shape": tuple(entry["shape"])})) for entry in wire["entries"])
+        return cls(**(wire | {"handle": tuple(wire["handle"]), "entries": entries}))
 
 
 @dataclass
@@ -142,3 +155,8 @@ def choose_transport(sender_gpus: Iterable[str], engine_gpus: Iterable[str]) -> 
     """
     gpus = set(sender_gpus) | set(engine_gpus)
     return "cuda_ipc" if len(gpus) == 1 and "" not in gpus else "shm"
+
+
+def verify_due(refits_done: int, verify_every: int) -> bool:
+    """Whether the next refit carries checksums: the first of a run always, then every `verify_every` (0: never)."""
+    return refits_done == 0 or (verify_every > 0 and refits_done % verify_every == 0)
