@@ -241,7 +241,7 @@ class GenRMClient:
         attempts, resampled = 0, False
         while server is not None:
             outcome = await self._request(server, judgement)
-            # A busy server costs no attempt: the pool keeps away from it for a while, and the deadline limits the rounds.
+            # A busy server costs no attempt: the pool keeps away from it for a while, and the deadline ends it.
             attempts += not (isinstance(outcome, Failure) and outcome.kind is FailureKind.BUSY)
             last = attempts >= self._config.max_attempts
             if isinstance(outcome, Answer):
@@ -312,7 +312,7 @@ class GenRMClient:
         return outcome
 
     async def _acquire(self, judgement: _Judgement, retry: bool) -> str | None:
-        """A server with a place reserved for this judgement, in order of arrival; retries come before first requests."""
+        """A server with a place reserved for this judgement, in order of arrival; retries come first."""
         judgement.reserved_tokens = judgement.prompt_tokens + int(self._critique_tokens)
         waiter = _Waiter(judgement.tried, judgement.reserved_tokens, asyncio.get_running_loop().create_future())
         (self._waiters.appendleft if retry else self._waiters.append)(waiter)
@@ -327,7 +327,7 @@ class GenRMClient:
             raise
 
     def _dispatch(self) -> None:
-        """Gives free places to those who wait. Someone whose only free server has failed him before lets others pass."""
+        """Gives free places to those who wait; whoever waits for another server than the free one lets others pass."""
         passed: list[_Waiter] = []
         now = _now()
         while self._waiters and self._pool.has_room(now):

@@ -1,4 +1,4 @@
-"""The rules that compare a final answer with the ground truth. Pure, and possibly slow: they run in killable workers."""
+"""The rules that compare a final answer with the ground truth: pure, and possibly slow, so they run in workers."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ _SUBSTITUTIONS = (
     ("\\text{and}", ","),
     ("\\text{m}", "\\text{}"),
 )
+# fmt: off
 _REMOVED = (
-    *"square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents degrees cm gm".split(),
-    *"pounds meters meals edges students childrentickets multiples \\text{s} \\text{.}".split(),
-    "\\text{\ns}",
-    *"\\text{}^2 \\text{}^3".split(),
-    "\\text{\n}",
-    *'\\text{} \\mathrm{th} ^\\circ ^{\\circ} \\; ,\\! {,} " \\dots'.split(),
+    "square", "ways", "integers", "dollars", "mph", "inches", "hours", "km", "units", "\\ldots", "sue", "points",
+    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
+    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
+    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
 )
+# fmt: on
 _REWRITES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (

@@ -51,9 +51,9 @@ _INTEGER = re.compile(r"\s*([+-]?[0-9]{1,9})\s*")
 def parse_verdict(critique: str, finish_reason: str | None, n_paragraphs: int | None) -> int | Reason:
     """The index that a critique ends on: -1 for no error, else the 0-based paragraph of the earliest error.
 
-    Read from the last `\\boxed{}`. With `n_paragraphs` (the tagged form) the index must be below it; None (the raw form)
-    allows any. GENRM_TRUNCATED when the critique was cut, GENRM_UNPARSABLE for everything else that is not a verdict,
-    an aborted request (any finish_reason other than `stop`) included.
+    Read from the last `\\boxed{}`. The index must be below `n_paragraphs` (tagged form); None (raw form) allows any.
+    GENRM_TRUNCATED when the critique was cut, GENRM_UNPARSABLE for everything else that is not a verdict, an aborted
+    request (any finish_reason other than `stop`) included.
     """
     if finish_reason == "length":
         return Reason.GENRM_TRUNCATED
@@ -61,5 +61,5 @@ def parse_verdict(critique: str, finish_reason: str | None, n_paragraphs: int | 
     if finish_reason != "stop" or match is None:
         return Reason.GENRM_UNPARSABLE
     index = int(match.group(1))
-    in_range = index == -1 or (0 <= index and (n_paragraphs is None or index < n_paragraphs))
+    in_range = index == -1 or (index >= 0 and (n_paragraphs is None or index < n_paragraphs))
     return index if in_range else Reason.GENRM_UNPARSABLE

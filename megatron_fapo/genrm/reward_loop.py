@@ -1,0 +1,207 @@
+"""Scores samples while others still generate: rule first, the GenRM only for right answers, then the overlong term.
+
+A score is a number, or unscored with a reason; a failure is never a number. Everything here is asyncio in one process:
+waiting costs nothing, and what computes does so in the verifier's workers and the GenRM's servers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_fapo.algorithm.reward import fapo_reward, overlong_penalty
+from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.config.reward import RewardConfig
+from megatron_fapo.data.records import Sample, Score, ScoredSample
+from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.genrm.counters import Counters
+from megatron_fapo.genrm.verdict import Unscored
+from megatron_fapo.genrm.verifier import Verifier
+
+log = logging.getLogger(__name__)
+
+
+class RewardLoop:
+    """Samples in, scores out. Belongs to one event loop; use it as an async context manager."""
+
+    def __init__(
+        self,
+        reward: RewardConfig,
+        genrm: GenRMConfig,
+        urls: Sequence[str],
+        max_response_tokens: int,
+        max_in_flight: int = 4096,
+        warn_after_s: float = 60.0,
+    ) -> None:
+        """`urls` are all servers of the pool, ours and external; unused when the GenRM is off or a function scores.
+
+        Raises ValueError when `reward.compute_score` cannot be used.
+        """
+        self._config = reward
+        self._max_response_tokens = max_response_tokens
+        self._max_in_flight = max_in_flight
+        self._warn_after_s = warn_after_s
+        self._verifier = Verifier(reward)
+        asks_genrm = genrm.enabled and reward.compute_score is None
+        self._client = GenRMClient(urls, genrm) if asks_genrm else None
+        self._counters = Counters()
+        self._pending: dict[str, dict[object, tuple[Sample, float]]] = {}
+        self._warner: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> RewardLoop:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Starts the verifier's workers and checks every server; see VerifierUnavailable and GenRMUnavailable."""
+        try:
+            if self._client is not None:
+                await self._client.check()
+            await self._verifier.start()
+        except BaseException:
+            await self.close()
+            raise
+        self._warner = asyncio.create_task(self._warn(), name="reward loop warner")
+
+    async def score(self, sample: Sample, *, judge: bool = True) -> Score:
+        """The score of one sample. `judge=False` leaves the GenRM out: right answers count as sound.
+
+        With a user's `compute_score`, its score takes the place of rule and GenRM; the overlong term is added to both.
+        """
+        if self._config.compute_score is not None:
+            score = await self._score_by_function(sample)
+        else:
+            score = await self._score_by_rule(sample, judge)
+        self._counters.add("scored" if score.unscored_reason is None else "unscored")
+        if score.unscored_reason is not None:
+            self._counters.add(f"unscored/{score.unscored_reason}")
+            log.debug("%s is unscored: %s", sample.key, score.extra.get("unscored_detail"))
+        return score
+
+    async def score_stream(self, samples: AsyncIterator[Sample], *, judge: bool = True) -> AsyncIterator[ScoredSample]:
+        """Scores every sample from the moment it arrives, and yields each as soon as it is scored.
+
+        At most `max_in_flight` samples are taken and not yet handed on; then `samples` has to wait. An error of
+        `samples` or of the scoring itself (not of a sample: that is unscored) ends the stream. Nothing runs on after
+        its end; whoever stops early wraps it in contextlib.aclosing.
+        """
+        finished: asyncio.Queue[asyncio.Task[ScoredSample | None]] = asyncio.Queue()
+        running: set[asyncio.Task[ScoredSample | None]] = set()
+        places = asyncio.Semaphore(self._max_in_flight)
+
+        def begin(work: Coroutine[Any, Any, ScoredSample | None]) -> None:
+            task = asyncio.create_task(work, name="reward loop")
+            running.add(task)
+            task.add_done_callback(finished.put_nowait)
+
+        async def score_one(sample: Sample) -> ScoredSample:
+            return ScoredSample(sample, await self.score(sample, judge=judge))
+
+        async def take_all() -> None:
+            await places.acquire()
+            async for sample in samples:
+                begin(score_one(sample))
+                await places.acquire()
+
+        begin(take_all())
+        try:
+            while running:
+                task = await finished.get()
+                running.discard(task)
+                scored = task.result()
+                if scored is not None:
+                    places.release()
+                    yield scored
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    def begin_step(self) -> None:
+        """Starts the metrics anew and forgets the judgements that identical samples share."""
+        self._counters.clear()
+        if self._client is not None:
+            self._client.begin_step()
+
+    def metrics(self) -> dict[str, float]:
+        """`reward/...` and `genrm/...` since the step began; docs/genrm.md lists them."""
+        values = dict.fromkeys(("reward/scored", "reward/unscored"), 0.0) | self._counters.metrics("reward")
+        values["reward/in_flight"] = float(sum(map(len, self._pending.values())))
+        values["reward/workers_replaced"] = float(self._verifier.replaced)
+        return values | (self._client.metrics() if self._client is not None else {})
+
+    async def close(self) -> None:
+        """Ends requests, connections and worker processes."""
+        if self._warner is not None:
+            self._warner.cancel()
+            await asyncio.gather(self._warner, return_exceptions=True)
+        if self._client is not None:
+            await self._client.close()
+        await self._verifier.close()
+
+    async def _score_by_rule(self, sample: Sample, judge: bool) -> Score:
+        timings: dict[str, Any] = {}
+        with self._stage("rule", sample, timings):
+            rule = await self._verifier.verify(sample.text, sample.prompt.ground_truth)
+        if isinstance(rule, Unscored):
+            return _unscored(rule, None, None, timings)
+        verdict = None
+        if rule.correct and judge and self._client is not None:
+            with self._stage("genrm", sample, timings):
+                prompt = sample.prompt
+                outcome = await self._client.judge(prompt.question, prompt.ground_truth, sample.text)
+            if isinstance(outcome, Unscored):
+                return _unscored(outcome, rule.correct, rule.prediction, timings)
+            verdict = outcome
+        flawed = verdict is not None and verdict.flawed
+        reward = fapo_reward(rule.correct, flawed, self._config.effective_flawed_penalty)
+        overlong = self._overlong(sample)
+        return Score(reward + overlong, rule.correct, rule.prediction, verdict, overlong, extra=timings)
+
+    async def _score_by_function(self, sample: Sample) -> Score:
+        timings: dict[str, Any] = {}
+        with self._stage("compute_score", sample, timings):
+            user = await self._verifier.compute_score(sample)
+        if isinstance(user, Unscored):
+            return _unscored(user, None, None, timings)
+        overlong = self._overlong(sample)
+        return Score(user.score + overlong, user.correct, user.prediction, None, overlong, extra=timings | user.extra)
+
+    def _overlong(self, sample: Sample) -> float:
+        return overlong_penalty(len(sample.token_ids), self._max_response_tokens, self._config.overlong)
+
+    @contextmanager
+    def _stage(self, stage: str, sample: Sample, timings: dict[str, Any]) -> Iterator[None]:
+        """Books the seconds of a stage, queueing included, for the sample and for the metrics."""
+        pending, token, started = self._pending.setdefault(stage, {}), object(), time.monotonic()
+        pending[token] = sample, started
+        try:
+            yield
+        finally:
+            del pending[token]
+        timings[f"{stage}_s"] = time.monotonic() - started
+        self._counters.observe(stage, timings[f"{stage}_s"])
+
+    async def _warn(self) -> None:
+        warned_at = dict.fromkeys(("rule", "genrm", "compute_score"), 0.0)
+        while True:
+            await asyncio.sleep(self._warn_after_s / 4)
+            now = time.monotonic()
+            for stage, pending in self._pending.items():
+                oldest, since = next(iter(pending.values()), (None, now))  # dicts keep the order of arrival
+                if oldest is not None and now - max(since, warned_at[stage]) >= self._warn_after_s:
+                    warned_at[stage] = now
+                    text = "waiting on %s for %.0f s: %d samples, the oldest is %s"
+                    log.warning(text, stage, now - since, len(pending), oldest.key)
+
+
+def _unscored(why: Unscored, correct: bool | None, prediction: str | None, timings: dict[str, Any]) -> Score:
+    extra = timings | {"unscored_detail": why.detail}
+    return Score(None, correct, prediction, unscored_reason=why.reason.value, extra=extra)

@@ -1,0 +1,98 @@
+"""The user's `compute_score`: found by import path, called with keywords only, its answer read strictly."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Function = Callable[..., Any]
+
+
+class UserScore(NamedTuple):
+    score: float
+    correct: bool
+    """The returned `acc`, else whether the score is above 0."""
+    prediction: str | None
+    """The returned `pred`."""
+    extra: dict[str, Any]
+    """Every other key, as JSON has it."""
+
+
+def load_function(path: str, kwargs: Mapping[str, Any]) -> Function:
+    """The function at `package.module:function` or `path/file.py:function`.
+
+    Raises ValueError, with the remedy, when it is missing, not callable, or cannot be called as the recipe's functions
+    are: `compute_score(data_source=, solution_str=, ground_truth=, extra_info=, **kwargs)`.
+    """
+    module_path, _, name = path.rpartition(":")
+    where = f"reward.compute_score = {path!r}"
+    if not module_path or not name:
+        raise ValueError(f"{where} is not of the form package.module:function or path/file.py:function")
+    try:
+        module = _load_file(Path(module_path)) if module_path.endswith(".py") else importlib.import_module(module_path)
+    except (ImportError, OSError) as error:
+        remedy = "check the path, or put the folder of your package on PYTHONPATH"
+        raise ValueError(f"{where}: {module_path} cannot be imported ({error}): {remedy}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{where}: {module_path} has no function {name!r}: name one that it defines")
+    try:
+        inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info={}, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"{where} cannot be called ({error}): it must accept data_source, solution_str, ground_truth, extra_info "
+            "and the keys of reward.compute_score_kwargs as keywords"
+        ) from error
+    return function
+
+
+def is_async(function: Function) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
+def read_score(value: Any) -> UserScore:
+    """What a user's function returned. Raises ValueError when that is neither a number nor a dict with `score`."""
+    returned = dict(value) if isinstance(value, Mapping) else {"score": value}
+    if "score" not in returned:
+        raise ValueError(f"compute_score returned a dict without 'score' (keys: {', '.join(map(str, returned))})")
+    try:
+        score = float(returned.pop("score"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"compute_score returned {type(value).__name__}, not a number or a dict with one") from error
+    if not math.isfinite(score):
+        raise ValueError(f"compute_score returned {score}")
+    correct = bool(returned.pop("acc", score > 0))
+    prediction = returned.pop("pred", None)
+    return UserScore(score, correct, None if prediction is None else str(prediction), _plain(returned))
+
+
+def describe_error(error: Exception) -> str:
+    """One line: type, message, and the place that raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it; numpy scalars become numbers, anything else foreign becomes text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else str(value)
+
+
+def _load_file(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(f"fapo_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
