@@ -80,7 +80,9 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int
     return [*batches, current] if current else batches
 
 
-def build_micro_batches(samples: Sequence[TrainSample], max_tokens: int, multiple: int, device: str) -> list[MicroBatch]:
+def build_micro_batches(
+    samples: Sequence[TrainSample], max_tokens: int, multiple: int, device: str
+) -> list[MicroBatch]:
     """Tensors for one data-parallel rank.
 
     Args:

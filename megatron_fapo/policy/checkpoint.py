@@ -93,7 +93,7 @@ def save(worker: Any, directory: str | Path) -> None:
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(),
             "tracker": get_cuda_rng_tracker().get_states(),
-            "numpy": np.random.get_state(),  # noqa: NPY002
+            "numpy": np.random.get_state(),
             "python": random.getstate(),
         },
         _random_file(directory),
@@ -124,5 +124,5 @@ def load(worker: Any, directory: str | Path) -> None:
         torch.set_rng_state(states["torch"])
         torch.cuda.set_rng_state(states["cuda"])
         get_cuda_rng_tracker().set_states(states["tracker"])
-        np.random.set_state(states["numpy"])  # noqa: NPY002
+        np.random.set_state(states["numpy"])
         random.setstate(states["python"])

@@ -267,4 +267,3 @@ def _loss_inputs(batch: MicroBatch, logprob_N: torch.Tensor, entropy_N: torch.Te
         reference_logprobs_BT=row(batch.reference_N),
         entropy_BT=entropy_N[None],
     )
-

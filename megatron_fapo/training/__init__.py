@@ -1,1 +1,1 @@
-"""."""
+"""The loop, where its processes run, and what a run keeps."""

@@ -1,0 +1,131 @@
+"""A policy rank as a Ray actor: its process, its log, its part of a refit.
+
+The driver's side is `policy/group.py`. Methods that say so are collective: the group calls them on all ranks at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fapo.config.algorithm import AlgorithmConfig
+from megatron_fapo.config.policy import PolicyConfig
+from megatron_fapo.observe.log import setup_logging
+from megatron_fapo.policy.batch import TrainSample
+from megatron_fapo.policy.worker import PolicyWorker, Rank, StepResult
+
+WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
+"""Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
+
+
+class PolicyActor:
+    """One rank of the policy. Call `join` on all ranks before anything else."""
+
+    def __init__(self, run_dir: str, rank: int) -> None:
+        setup_logging(Path(run_dir), "policy", rank)
+        self.rank = rank
+        self.worker: PolicyWorker | None = None
+        self.sender: Any = None
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will listen: this node's address and a free port."""
+        import ray
+
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(s.getsockname()[1])
+
+    def join(
+        self, rank: Rank, cfg: PolicyConfig, algorithm: AlgorithmConfig, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Build the model and join the process group. Collective. Returns facts about this rank."""
+        self.worker = PolicyWorker(rank, cfg, algorithm, **options)
+        logging.getLogger(__name__).info("rank %d of %d is up", rank.rank, rank.world_size)
+        state = self.worker.state
+        return {
+            "data_rank": self.worker.data_rank,
+            "reports": self.worker.reports,
+            "owns_weights": state.get_tensor_model_parallel_rank() == 0,
+            "gpu": _gpu_uuid(options["device"]),
+        }
+
+    def logprobs(self, samples: Sequence[TrainSample], reference: bool) -> list[list[float]] | None:
+        """Collective; see PolicyWorker.logprobs."""
+        return self._up.logprobs(samples, reference=reference)
+
+    def train(self, samples: Sequence[TrainSample], loss: str) -> StepResult:
+        """Collective; see PolicyWorker.train."""
+        return self._up.train(samples, loss=loss)
+
+    def save(self, directory: str) -> None:
+        """Collective; see policy/checkpoint.py."""
+        from megatron_fapo.policy import checkpoint
+
+        checkpoint.save(self._up, directory)
+
+    def load(self, directory: str) -> None:
+        """Collective; see policy/checkpoint.py."""
+        from megatron_fapo.policy import checkpoint
+
+        checkpoint.load(self._up, directory)
+
+    def export(self, directory: str) -> list[str]:
+        """Write this stage's part of an HF checkpoint. Collective over a data-parallel replica. Returns its names."""
+        from megatron_fapo.policy.hf_weights import save_stage
+
+        state = self._up.state
+        tensors = self._up.export()
+        if state.get_tensor_model_parallel_rank() != 0:
+            for _ in tensors:  # the gathers need every tensor rank
+                pass
+            return []
+        path = Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        return save_stage(
+            tensors, path, state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size()
+        )
+
+    def open_refit(self, bucket_mb: int, transport: str, verify: bool) -> None:
+        """Begin to send weights: afterwards `next_bucket` until None."""
+        from megatron_fapo.weight_sync.sender import WeightSender
+
+        if self.sender is None:
+            self.sender = WeightSender(bucket_mb, transport)
+        owner = self._up.state.get_tensor_model_parallel_rank() == 0
+        self.sender.open(self._up.export(), owner=owner, verify=verify)
+
+    def next_bucket(self) -> Any:
+        """The next bucket, or None. Collective over this stage's tensor ranks."""
+        return self.sender.next()
+
+    def close(self) -> None:
+        """Give shared memory back and leave the process group."""
+        if self.sender is not None:
+            self.sender.close()
+        if self.worker is not None:
+            self.worker.close()
+
+    @property
+    def _up(self) -> PolicyWorker:
+        assert self.worker is not None, "join() comes first"
+        return self.worker
+
+
+def copy_model_files(source: Path, target: Path) -> None:
+    """Copy what describes an HF model (config, tokenizer, chat template), leaving weights out."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
+            shutil.copyfile(file, target / file.name)
+
+
+def _gpu_uuid(device: str) -> str:
+    if device == "cpu":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_properties(0).uuid)

@@ -1,0 +1,195 @@
+"""The processes of a run: started together, ended together.
+
+In: a checked configuration. Out: a `Cluster` whose policy, engines and reward loop are up. Owns Ray and every actor;
+leaving the context ends them all, whatever happened inside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fapo.config.root import Config
+from megatron_fapo.device import choose_device, choose_dtype
+from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.genrm.reward_loop import RewardLoop
+from megatron_fapo.policy.actor import PolicyActor
+from megatron_fapo.policy.group import PolicyGroup
+from megatron_fapo.rollout.engine import RolloutEngine
+from megatron_fapo.rollout.pool import RolloutPool
+from megatron_fapo.weight_sync.protocol import choose_transport, verify_due
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Cluster:
+    """What a driver works with. Parts that a verb does not need are None."""
+
+    config: Config
+    device: str
+    policy: PolicyGroup | None = None
+    rollout: RolloutPool | None = None
+    reward: RewardLoop | None = None
+    transport: str = "shm"
+    refits: int = 0
+
+    async def refit(self, version: int) -> dict[str, float]:
+        """Make every engine serve the policy's weights as `version`; returns `weight_sync/...`."""
+        assert self.policy is not None
+        assert self.rollout is not None
+        cfg = self.config.weight_sync
+        sources = await self.policy.open_refit(self.transport, verify_due(self.refits, cfg.verify_every))
+        metrics = await self.rollout.refit(sources, version, timeout_s=cfg.timeout_s)
+        self.refits += 1
+        return metrics
+
+
+@contextlib.asynccontextmanager
+async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -> AsyncIterator[Cluster]:
+    """Start what the verb needs; yields when all of it is ready.
+
+    Args:
+        policy: megatron ranks (training, warm-up, export).
+        rollout: engines, GenRM servers and the reward loop.
+    """
+    device = choose_device(config.device)
+    if rollout:
+        await _check_external_servers(config)
+    async with contextlib.AsyncExitStack() as stack:
+        _start_ray(device)
+        stack.callback(_stop_ray)
+        cluster = Cluster(config, device)
+        starting: list[Coroutine[Any, Any, Any]] = []
+        if policy:
+            cluster.policy = _make_policy(config, device)
+            stack.push_async_callback(cluster.policy.shutdown)
+            dtype = choose_dtype(config.policy.dtype, device)
+            starting.append(cluster.policy.start(device=device, dtype=dtype))
+        engines: list[dict[str, Any]] = []
+        if rollout:
+            cluster.rollout = _make_rollout(config, device)
+            stack.push_async_callback(cluster.rollout.shutdown)
+            starting += [_start_engines(cluster.rollout, config, engines), _start_reward(config, cluster, stack)]
+        # All at once: importing vLLM and megatron takes most of the time.
+        await _all(starting)
+        if rollout and policy:
+            assert cluster.policy is not None
+            engine_gpus = [uuid for facts in engines for uuid in facts["gpus"]]
+            cluster.transport = choose_transport(cluster.policy.gpus, engine_gpus)
+        yield cluster
+
+
+async def _all(work: list[Coroutine[Any, Any, Any]]) -> None:
+    """Run everything; the first error cancels the rest and is raised as itself."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for each in work:
+                group.create_task(each)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+async def _start_engines(pool: RolloutPool, config: Config, facts: list[dict[str, Any]]) -> None:
+    facts += await pool.start(0, timeout_s=config.rollout.start_timeout_s)
+
+
+async def _start_reward(config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack) -> None:
+    urls = await _start_genrm(config, cluster.device, stack)
+    cluster.reward = RewardLoop(config.reward, config.genrm, urls, config.rollout.max_response_tokens)
+    stack.push_async_callback(cluster.reward.close)
+    await cluster.reward.start()
+
+
+async def _check_external_servers(config: Config) -> None:
+    """Refuse dead GenRM addresses before any process or GPU is taken."""
+    if config.genrm.enabled and config.genrm.urls and config.reward.compute_score is None:
+        client = GenRMClient(config.genrm.urls, config.genrm)
+        await client.check()
+        await client.close()
+
+
+def _start_ray(device: str) -> None:
+    """Join the cluster of RAY_ADDRESS, or start Ray on this machine."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        store = 200 * 2**20 if device == "cpu" else None
+        ray.init(include_dashboard=False, object_store_memory=store, **common)
+
+
+def _stop_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def _actor(kind: type, config: Config, device: str, gpus: int = 1) -> Any:
+    """The Ray actor class with its place: CPUs are not counted, since actors wait for each other most of the time."""
+    import ray
+
+    env = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else {}
+    share: float = 0
+    if device == "gpu":
+        share = config.gpu_share * gpus if gpus == 1 else gpus
+    return ray.remote(kind).options(num_cpus=0, num_gpus=share, runtime_env={"env_vars": env})
+
+
+def _make_policy(config: Config, device: str) -> PolicyGroup:
+    run_dir = str(Path(config.run_dir).resolve())
+    ranks = range(config.policy.parallel.world_size)
+    actors = [_actor(PolicyActor, config, device).remote(run_dir, rank) for rank in ranks]
+    return PolicyGroup(actors, config, [Path(run_dir) / "logs" / f"policy-{rank}.log" for rank in ranks])
+
+
+def _make_rollout(config: Config, device: str) -> RolloutPool:
+    logs = [str(Path(config.run_dir).resolve() / "logs" / f"rollout-{i}.log") for i in range(config.rollout.replicas)]
+    engines = [
+        _actor(RolloutEngine, config, device, config.rollout.tensor_parallel).remote(
+            str(Path(config.policy.model_path).resolve()),
+            config.rollout,
+            device=device,
+            dtype=choose_dtype(config.policy.dtype, device),
+            max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            seed=config.seed,
+            log_path=path,
+        )
+        for path in logs
+    ]
+    return RolloutPool(engines, logs)
+
+
+async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitStack) -> list[str]:
+    """Start our GenRM servers; returns the base URLs of the whole pool."""
+    if not config.genrm.enabled or config.reward.compute_score is not None:
+        return []
+    from megatron_fapo.genrm.server import GenRMServer
+
+    actors = []
+    for index in range(config.genrm.servers):
+        log_path = str(Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log")
+        server = _actor(GenRMServer, config, device, config.genrm.tensor_parallel)
+        actors.append(server.remote(config.genrm, device=device, log_path=log_path))
+        stack.push_async_callback(_stop_server, actors[-1])
+    started = await asyncio.gather(*(actor.start.remote() for actor in actors))
+    return [*started, *config.genrm.urls]
+
+
+async def _stop_server(actor: Any) -> None:
+    import ray
+
+    stopping = asyncio.ensure_future(actor.stop.remote())
+    await asyncio.wait([stopping], timeout=30)
+    stopping.cancel()
+    ray.kill(actor)

@@ -1,0 +1,254 @@
+"""The training loop: rollout, score, advantage, log-probabilities, updates, refit; and around it what a run keeps.
+
+`train` is the algorithm, top to bottom. Everything that it calls is a room of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+from megatron_fapo.algorithm.metrics import mismatch_metrics, step_metrics
+from megatron_fapo.config.root import Config
+from megatron_fapo.config.show import dump_yaml
+from megatron_fapo.data.cursor import DataCursor
+from megatron_fapo.data.datasets import load_prompts
+from megatron_fapo.data.records import Group, Sample, ScoredSample
+from megatron_fapo.errors import UserError
+from megatron_fapo.observe.log import setup_logging
+from megatron_fapo.observe.metrics import MetricsWriter
+from megatron_fapo.observe.progress import Progress
+from megatron_fapo.observe.report import write_report
+from megatron_fapo.observe.samples import write_samples
+from megatron_fapo.policy.batch import set_logprobs
+from megatron_fapo.training.checkpoint import Checkpoints, RunState
+from megatron_fapo.training.cluster import Cluster, launch
+from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
+from megatron_fapo.training.signals import StopRequest, StopRequestedError
+from megatron_fapo.training.step import Taken, make_groups, mini_batches, training_samples
+
+log = logging.getLogger(__name__)
+
+
+class TooManyUnscoredError(RuntimeError):
+    """A step had a larger share of unscored samples than reward.max_unscored_share."""
+
+
+class Run:
+    """What the loop writes to: metrics, samples, checkpoints, progress; and the state between steps."""
+
+    def __init__(self, config: Config, cursor: DataCursor, state: RunState, progress: Progress, metrics: MetricsWriter):
+        self.config, self.cursor, self.state, self.progress, self.writer = config, cursor, state, progress, metrics
+        self.dir = Path(config.run_dir)
+        self.checkpoints = Checkpoints(self.dir, config.training.checkpoint.keep)
+        self.saved_step = state.step if self.checkpoints.complete() else -1
+        self.phases: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the step and show it."""
+        self.progress.phase(name)
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.phases[f"phase_s/{name}"] = self.phases.get(f"phase_s/{name}", 0.0) + time.monotonic() - began
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """The step's line of metrics; phase times start anew."""
+        metrics = metrics | self.phases | {"phase_s/total": sum(self.phases.values())}
+        self.phases = {}
+        self.writer.write(step, metrics)
+        if step:
+            self.progress.step(metrics)
+
+    async def save(self, cluster: Cluster) -> None:
+        """A complete checkpoint of the state after the last finished step, unless there is one."""
+        if self.saved_step == self.state.step:
+            return
+        assert cluster.policy is not None
+        try:
+            await cluster.policy.save(self.checkpoints.begin(self.state.step).resolve() / "policy")
+            path = self.checkpoints.finish(self.state)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint of step {self.state.step} could not be written: {error}; free space under {self.dir}, "
+                f"then go on with --resume from step {max(self.saved_step, 0)}"
+            ) from error
+        self.saved_step = self.state.step
+        log.info("checkpoint %s", path)
+
+
+async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets, stop: StopRequest) -> None:
+    """Steps `run.state.step + 1` to `training.steps`. Between two steps, `run.state` and the policy are all there is."""
+    assert cluster.policy is not None
+    assert cluster.reward is not None
+    policy, cfg = cluster.policy, config.training
+    with run.phase("refit"):
+        await cluster.refit(run.state.weight_version)
+    if run.state.step == 0 and cfg.evaluation.every_steps and sets:
+        with run.phase("evaluate"):
+            evaluated = await stop.race(evaluate(config, cluster, sets))
+        run.write(0, evaluated)
+
+    for step in range(run.state.step + 1, cfg.steps + 1):
+        cluster.reward.begin_step()
+        taken = run.cursor.take(cfg.prompts_per_step)
+        groups = await stop.race(rollout(config, cluster, run, taken))
+        metrics = step_metrics(groups) | cluster.reward.metrics()
+        if cfg.log_samples_every_steps and step % cfg.log_samples_every_steps == 0:
+            write_samples(run.dir, step, [s for group in groups for s in group.samples])
+        refuse_unscored(groups, config.reward.max_unscored_share, step)
+
+        by_group = training_samples(groups, config)
+        samples = [s for group in by_group for s in group]
+        with run.phase("logprobs"):
+            old = await policy.logprobs(samples)
+            samples = set_logprobs(samples, "old_logprobs", old)
+            if config.algorithm.kl_coef > 0:
+                reference = await policy.logprobs(samples, reference=True)
+                samples = set_logprobs(samples, "reference_logprobs", reference)
+        metrics |= mismatch(samples)
+
+        remaining = iter(samples)
+        by_group = [[next(remaining) for _ in group] for group in by_group]
+        updates = []
+        with run.phase("train"):
+            for batch in mini_batches(by_group, cfg.prompts_per_mini_batch):
+                updates.append(await policy.train(batch))
+        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else {})}
+
+        version = run.state.weight_version + 1
+        run.state = RunState(step, version, run.cursor.state_dict())
+        with run.phase("refit"):
+            metrics |= await cluster.refit(version)
+        if sets and due(step, cfg.evaluation.every_steps, cfg.steps):
+            with run.phase("evaluate"):
+                metrics |= await evaluate(config, cluster, sets)
+        if due(step, cfg.checkpoint.every_steps, cfg.steps):
+            with run.phase("checkpoint"):
+                await run.save(cluster)
+        run.write(step, metrics)
+        stop.check()
+
+
+async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> list[Group]:
+    """All samples of the step, each scored from the moment it is finished."""
+    assert cluster.rollout is not None
+    assert cluster.reward is not None
+    cfg, total = config.rollout, len(taken) * config.rollout.samples_per_prompt
+    counts = {"done": 0, "scored": 0, "unscored": 0, "tokens": 0}
+    began, generated = time.monotonic(), 0.0
+
+    async def counted(samples: AsyncIterator[Sample]) -> AsyncIterator[Sample]:
+        nonlocal generated
+        async for sample in samples:
+            counts["done"] += 1
+            counts["tokens"] += len(sample.token_ids)
+            generated = time.monotonic() - began
+            yield sample
+
+    run.progress.phase("rollout")
+    stream = cluster.rollout.generate(
+        [prompt for prompt, _ in taken],
+        [epoch for _, epoch in taken],
+        n=cfg.samples_per_prompt,
+        sampling=cfg.sampling,
+        max_tokens=cfg.max_response_tokens,
+    )
+    scored: list[ScoredSample] = []
+    async with contextlib.aclosing(cluster.reward.score_stream(counted(stream))) as results:
+        async for each in results:
+            scored.append(each)
+            counts["scored" if each.score.unscored_reason is None else "unscored"] += 1
+            run.progress.samples(**counts, total=total)
+    run.phases["phase_s/rollout"] = generated
+    run.phases["phase_s/score_tail"] = time.monotonic() - began - generated
+    return make_groups(taken, scored)
+
+
+def mismatch(samples: list) -> dict[str, float]:
+    """How far the engine's log-probabilities are from the policy's own, on the tokens of the step."""
+    import torch
+
+    if not samples:
+        return {}
+    old = torch.tensor([x for s in samples for x in s.old_logprobs])
+    behaviour = torch.tensor([x for s in samples for x in s.behaviour_logprobs])
+    return mismatch_metrics(old, behaviour, torch.ones_like(old, dtype=torch.bool))
+
+
+def refuse_unscored(groups: list[Group], limit: float, step: int) -> None:
+    """
+    Raises:
+        TooManyUnscoredError: the share of unscored samples is above `limit`; says which reasons.
+    """
+    reasons = [s.score.unscored_reason for group in groups for s in group.samples if s.score.unscored_reason]
+    total = sum(len(group.samples) for group in groups)
+    if len(reasons) > limit * total:
+        counts = ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons)))
+        raise TooManyUnscoredError(
+            f"step {step}: {len(reasons)} of {total} samples are unscored ({counts}), over reward.max_unscored_share="
+            f"{limit}; docs/genrm.md says what each reason means. Mend it and go on with --resume"
+        )
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something periodic happens after this step: every so many steps, and after the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train_command(config: Config, *, resume: bool) -> int:
+    """`fapo train`: returns the exit code."""
+    return asyncio.run(_train(config, resume))
+
+
+async def _train(config: Config, resume: bool) -> int:
+    from transformers import AutoTokenizer
+
+    run_dir = Path(config.run_dir)
+    setup_logging(run_dir, "driver", terminal=True)
+    tokenizer = AutoTokenizer.from_pretrained(config.policy.model_path)
+    prompts = load_prompts(config.data.train, tokenizer, config.data)
+    if prompts.dropped_overlong:
+        log.warning("%d prompts over data.max_prompt_tokens were left out", prompts.dropped_overlong)
+    sets = load_evaluation_sets(config, tokenizer)
+    cursor = DataCursor(prompts.prompts, config.seed, config.data.shuffle)
+    checkpoint, state = None, RunState(0, 0, cursor.state_dict())
+    if resume:
+        checkpoint, state = Checkpoints(run_dir, config.training.checkpoint.keep).newest()
+        try:
+            cursor.load_state_dict(state.cursor)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(MetricsWriter(run_dir, state.step if resume else None))
+        (run_dir / "config.yaml").write_text(dump_yaml(config))
+        stop = stack.enter_context(StopRequest())
+        progress = stack.enter_context(Progress(config.training.steps, state.step))
+        run = Run(config, cursor, state, progress, writer)
+        try:
+            async with launch(config) as cluster:
+                stop.install()
+                assert cluster.policy is not None
+                if checkpoint is not None:
+                    await cluster.policy.load(checkpoint.resolve() / "policy")
+                    log.info("resumed from %s", checkpoint)
+                try:
+                    await train(config, cluster, run, sets, stop)
+                except (StopRequestedError, TooManyUnscoredError):
+                    await run.save(cluster)
+                    raise
+        except StopRequestedError:
+            log.info("stopped on request after step %d; go on with --resume", run.state.step)
+            return stop.exit_code
+        except TooManyUnscoredError as error:
+            log.error("%s", error)
+            return 1
+    write_report([run_dir], run_dir / "report.html")
+    log.info("done: %s", run_dir / "report.html")
+    return 0
