@@ -25,8 +25,8 @@ _FORMS = {
     "raw": (_OPENING.format(split="steps"), _TASK.format(unit="step")),
 }
 
-# Each alternative matches the one character that is replaced; the lookahead says when. Repetitions are bounded, so that
-# no policy text makes the match slow. `<|x-1|<2` and the like are ordinary mathematics and must not match.
+# Each alternative is the one character that is replaced (first, so that the search skips all others), then when.
+# Repetitions are bounded, so that no policy text makes it slow. `<|x-1|<2` is ordinary mathematics and must not match.
 _POSING = re.compile(
     r"""
       <(?=\s{0,3}/?\s{0,3}(?i:paragraph))                                          # the prompt's own tags
@@ -36,7 +36,7 @@ _POSING = re.compile(
     | <(?=/?(?:s|bos|eos|pad|unk|think|start_of_turn|end_of_turn|tool_call|tool_response)>)
     | <(?=</?SYS>>)
     | \[(?=/?(?:INST|SYSTEM_PROMPT)\])
-    | (?<!\S)/(?=(?:no_)?think(?!\w))                                              # soft switches of hybrid models
+    | /(?<!\S/)(?=(?:no_)?think(?!\w))                                             # soft switches of hybrid models
     """,
     re.VERBOSE,
 )
@@ -71,8 +71,8 @@ def judge_messages(question: str, ground_truth: str, solution: str, form: str) -
     body = neutralise(solution)
     if form == "tagged":
         body = "\n\n".join(
-            f"<paragraph_{index}>\n{neutralise(paragraph)}\n</paragraph_{index}>"
-            for index, paragraph in enumerate(split_paragraphs(solution))
+            f"<paragraph_{index}>\n{paragraph}\n</paragraph_{index}>"
+            for index, paragraph in enumerate(split_paragraphs(body))
         )
     sections = (
         opening,
