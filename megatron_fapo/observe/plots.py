@@ -135,7 +135,7 @@ def draw_phases(title: str, metrics: Metrics) -> str | None:
         for order, name in enumerate(names):
             heights = [row.get(name, 0.0) for row in rows]
             steps = [row["step"] for row in rows]
-            label, colour = name.removeprefix("phase_s/"), PALETTE[order % len(PALETTE)]
+            label, colour = name.removeprefix("phase_s/").replace("_", " "), PALETTE[order % len(PALETTE)]
             axes.bar(steps, heights, 1.0, bottom, color=colour, label=label, linewidth=0)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)

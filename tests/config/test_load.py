@@ -61,6 +61,20 @@ def test_a_file_extends_another_relative_to_itself(tmp_path):
     assert loaded.origins["data.eval.b"] == f"{child}:4"
 
 
+def test_anchors_and_merge_keys_keep_their_lines(tmp_path):
+    file = write(
+        tmp_path / "a.yaml",
+        "rollout:\n  sampling: &greedy\n    top_k: 5\n    top_p: 0.5\ntraining:\n  evaluation:\n    <<: *greedy\n    top_k: 9\n",
+    )
+    found = problems([file], [])  # top_k is merged in, written over, and no key of an evaluation
+    assert found == [f"training.evaluation.top_k ({file}:8): unknown key; did you mean training.evaluation.top_p?"]
+    config = load_config(
+        [write(tmp_path / "b.yaml", file.read_text().replace("    top_k: 9\n", "").replace("    top_k: 5\n", ""))], []
+    )
+    assert config.config.training.evaluation.top_p == 0.5
+    assert config.origins["training.evaluation.top_p"].endswith("b.yaml:3")
+
+
 def test_a_circle_of_files_is_refused(tmp_path):
     write(tmp_path / "a.yaml", "extends: b.yaml\n")
     write(tmp_path / "b.yaml", "extends: a.yaml\n")
