@@ -27,7 +27,7 @@ class TrainSample:
     response_ids: tuple[int, ...]
     advantage: float = 0.0
     old_logprobs: tuple[float, ...] | None = None
-    """Log-probabilities under the weights that the rollout's policy had, by the policy itself; one per response token."""
+    """By the policy itself under the weights that the rollout was sampled with; one per response token."""
     behaviour_logprobs: tuple[float, ...] | None = None
     """The same tokens as the rollout engine saw them."""
     reference_logprobs: tuple[float, ...] | None = None
@@ -133,4 +133,4 @@ def _micro_batch(samples: list[TrainSample], which: tuple[int, ...], multiple: i
 
 def set_logprobs(samples: Sequence[TrainSample], name: str, values: Sequence[Sequence[float]]) -> list[TrainSample]:
     """The samples with `old_logprobs` or `reference_logprobs` filled in."""
-    return [replace(s, **{name: tuple(v)}) for s, v in zip(samples, values, strict=True)]
+    return [replace(s, **{name: tuple(v)}) for s, v in zip(samples, values, strict=True)]  # type: ignore[arg-type]

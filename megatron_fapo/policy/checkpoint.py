@@ -23,7 +23,7 @@ from megatron_fapo.errors import UserError
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def _metadata() -> dict[str, Any]:
+def metadata() -> dict[str, Any]:
     from megatron.core import parallel_state
 
     return _OPTIMIZER_FORMAT | {
@@ -38,11 +38,11 @@ def _layout(worker: Any) -> tuple[int, int, int]:
 
 
 def _sharded_state(worker: Any, *, loading: bool) -> dict[str, Any]:
-    metadata = _metadata()
-    weights = worker.module.sharded_state_dict(prefix="model.", metadata=metadata)
+    about = metadata()
+    weights = worker.module.sharded_state_dict(prefix="model.", metadata=about)
     return {
         "model": weights,
-        "optimizer": worker.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata),
+        "optimizer": worker.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=about),
     }
 
 
@@ -50,7 +50,7 @@ def _random_file(directory: Path) -> Path:
     return directory / f"random-{torch.distributed.get_rank():05d}.pt"
 
 
-def _write_in_this_process() -> None:
+def write_in_this_process() -> None:
     """mcore starts a manager process for its asynchronous writer even when it writes synchronously; that process
     would outlive the run. A plain queue is all that a synchronous save needs."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -83,7 +83,7 @@ def save(worker: Any, directory: str | Path) -> None:
     if torch.distributed.get_rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    _write_in_this_process()
+    write_in_this_process()
     state = _sharded_state(worker, loading=False)
     state["scheduler"] = worker.scheduler.state_dict()
     dist_checkpointing.save(state, str(directory), content_metadata=_OPTIMIZER_FORMAT)

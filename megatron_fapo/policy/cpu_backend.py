@@ -114,7 +114,7 @@ def install() -> None:
 
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *a, **k: self
-    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[assignment, method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self
     plain_type, plain_to = tensor.type, tensor.to
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

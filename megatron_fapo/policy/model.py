@@ -31,7 +31,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
 
 def use_transformer_engine() -> bool:
@@ -126,7 +126,7 @@ def build_model(shape: ModelShape, cfg: PolicyConfig, dtype: torch.dtype) -> Any
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
-        rotary_base=shape.rope_theta,  # type: ignore[arg-type]
+        rotary_base=shape.rope_theta,
         rope_scaling=shape.rope_scaling is not None,
         rope_scaling_factor=(shape.rope_scaling or {}).get("factor", 8.0),
     )

@@ -84,7 +84,7 @@ class Run:
 
 
 async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets, stop: StopRequest) -> None:
-    """Steps `run.state.step + 1` to `training.steps`. Between two steps, `run.state` and the policy are all there is."""
+    """Steps `run.state.step + 1` to `training.steps`. Between steps, `run.state` and the policy are all there is."""
     assert cluster.policy is not None
     assert cluster.reward is not None
     policy, cfg = cluster.policy, config.training
