@@ -148,6 +148,9 @@ class HFCheckpoint:
         handles = [safe_open(str(file), framework="pt") for file in files]
         self._where = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
 
+    def names(self) -> list[str]:
+        return sorted(self._where)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._where:
             raise UserError(f"{self.path}: tensor {name} is missing; is config.json of this checkpoint's model?")
