@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_fapo import __version__
 from megatron_fapo.config import Config
 from megatron_fapo.config.load import ConfigError, load_config
-from megatron_fapo.config.preflight import preflight
+from megatron_fapo.config.preflight import Purpose, preflight
 from megatron_fapo.errors import UserError
 
 EXIT_BAD_INPUT = 2
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_BAD_INPUT
 
 
-def _checked_config(args: argparse.Namespace, training: bool = True) -> Config:
+def _checked_config(args: argparse.Namespace, purpose: Purpose) -> Config:
     """The configuration, once neither it nor the files it names show a problem: all are reported together."""
     problems: list[str] = []
     try:
@@ -45,28 +45,30 @@ def _checked_config(args: argparse.Namespace, training: bool = True) -> Config:
         if error.loaded is None:
             raise
         loaded, problems = error.loaded, error.problems
-    problems += preflight(loaded.config, training)
+    problems += preflight(loaded.config, purpose)
     if problems:
         raise ConfigError(problems, loaded)
     return loaded.config
 
 
 def _train(args: argparse.Namespace) -> int:
-    config = _checked_config(args)
+    config = _checked_config(args, "train")
     from megatron_fapo.training.loop import train_command
 
     return train_command(config, resume=args.resume)
 
 
 def _warmup(args: argparse.Namespace) -> int:
-    config = _checked_config(args)
+    config = _checked_config(args, "warmup")
+    if not args.data.is_file():
+        raise UserError(f"--data: no file {args.data}")
     from megatron_fapo.training.warmup import warmup_command
 
     return warmup_command(config, data=args.data, out=args.out)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    config = _checked_config(args, training=False)
+    config = _checked_config(args, "evaluate")
     from megatron_fapo.training.evaluation import evaluate_command
 
     return evaluate_command(config)

@@ -117,11 +117,12 @@ def test_the_other_verbs_get_typed_arguments(run_file, monkeypatch):
     assert cli.main(["evaluate", "-c", str(run_file), "data.train=[]"]) == 0
     assert cli.main(["convert", "megatron-to-hf", "a", "b"]) == 0
     assert cli.main(["demo", "--compare"]) == 0
-    assert cli.main(["warmup", "-c", str(run_file), "--data", "d.jsonl", "--out", "o"]) == 0
+    assert cli.main(["warmup", "-c", str(run_file), "--data", str(run_file), "--out", "o"]) == 0
+    assert cli.main(["warmup", "-c", str(run_file), "--data", "absent.jsonl", "--out", "o"]) == 2
     assert isinstance(evaluate[0][0][0], Config)
     assert convert == [(("megatron-to-hf",), {"source": Path("a"), "target": Path("b")})]
     assert demo == [((), {"out": Path("runs/demo"), "compare": True})]
-    assert warmup[0][1] == {"data": Path("d.jsonl"), "out": Path("o")}
+    assert warmup[0][1] == {"data": run_file, "out": Path("o")}
 
 
 def test_config_show_and_diff(run_file, capsys):

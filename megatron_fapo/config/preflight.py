@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from megatron_fapo.config.root import Config
 from megatron_fapo.device import choose_device
@@ -16,14 +17,17 @@ CHECKPOINT_BYTES_PER_PARAMETER = 18
 """float32 weights and two Adam moments (12), the working copy (up to 4) and a bfloat16 export (2)."""
 
 
-def preflight(config: Config, training: bool = True) -> list[str]:
-    """All problems that the files and this machine show, each with its remedy; empty when the run may start.
+Purpose = Literal["train", "evaluate", "warmup"]
 
-    `training` false leaves out what only training needs: its data and the room for checkpoints.
+
+def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
+    """All problems that the files and this machine show, each with its remedy; empty when the work may start.
+
+    Only what `purpose` uses is looked at: a warm-up needs no prompts and no GenRM, only training keeps checkpoints.
     """
-    problems = _data_problems(config, training)
-    problems += _model_problems(config, training)
-    problems += _genrm_problems(config, training)
+    problems = _data_problems(config, purpose)
+    problems += _model_problems(config, purpose)
+    problems += _genrm_problems(config, purpose)
     if config.device == "gpu":  # `auto` cannot fail, and looking takes seconds: it imports torch.
         try:
             choose_device(config.device)
@@ -35,14 +39,15 @@ def preflight(config: Config, training: bool = True) -> list[str]:
     return problems
 
 
-def _data_problems(config: Config, training: bool) -> list[str]:
+def _data_problems(config: Config, purpose: Purpose) -> list[str]:
     problems = []
-    if training and not config.data.train:
+    named = [("data.train", path) for path in config.data.train if purpose == "train"]
+    if purpose != "warmup":
+        named += [(f"data.eval.{name}", path) for name, path in config.data.eval.items()]
+    if purpose == "train" and not config.data.train:
         problems.append("data.train is empty: name at least one JSONL or parquet file")
-    if not training and not config.data.eval:
+    if purpose == "evaluate" and not config.data.eval:
         problems.append("data.eval is empty: set data.eval.NAME to a JSONL or parquet file")
-    named = [("data.train", path) for path in config.data.train if training]
-    named += [(f"data.eval.{name}", path) for name, path in config.data.eval.items()]
     return problems + [
         f"{key}: no file {path} (relative paths start at {Path.cwd()})"
         for key, path in named
@@ -50,7 +55,7 @@ def _data_problems(config: Config, training: bool) -> list[str]:
     ]
 
 
-def _model_problems(config: Config, training: bool) -> list[str]:
+def _model_problems(config: Config, purpose: Purpose) -> list[str]:
     if not config.policy.model_path:
         return ["policy.model_path is empty: set it to an HF checkpoint directory"]
     root = Path(config.policy.model_path)
@@ -71,7 +76,7 @@ def _model_problems(config: Config, training: bool) -> list[str]:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {total}, and {root} has"
             f" {shape.max_positions} positions: lower one of them"
         )
-    return problems + (_disk_problems(config, shape.parameters) if training else [])
+    return problems + (_disk_problems(config, shape.parameters) if purpose == "train" else [])
 
 
 def _checkpoint_problems(key: str, root: Path) -> list[str]:
@@ -113,9 +118,10 @@ def _tokenizer_problems(root: Path, vocab_size: int) -> list[str]:
     return problems
 
 
-def _genrm_problems(config: Config, training: bool) -> list[str]:
+def _genrm_problems(config: Config, purpose: Purpose) -> list[str]:
     genrm, problems = config.genrm, []
-    if not genrm.enabled or config.reward.compute_score is not None or not (training or genrm.judge_eval):
+    asked = purpose == "train" or (purpose == "evaluate" and genrm.judge_eval)
+    if not asked or not genrm.enabled or config.reward.compute_score is not None:
         return []
     if not genrm.urls and not (genrm.servers > 0 and genrm.model_path):
         problems.append(

@@ -18,7 +18,7 @@ from megatron_fapo.errors import UserError
 from megatron_fapo.observe.files import write_atomically
 from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.observe.plots import PALETTE, PLOTS, draw, draw_phases
-from megatron_fapo.observe.samples import read_samples, sample_steps
+from megatron_fapo.observe.samples import sample_steps
 
 SAMPLE_BYTES = 8 << 20
 """Most bytes of samples in one report, over all its runs; browsers stay quick up to here."""
@@ -99,7 +99,7 @@ def _chip(order: int, run: _Run) -> str:
 def _tile(title: str, metric: str, form: str, runs: Sequence[_Run]) -> str:
     rows = []
     for order, run in enumerate(runs):
-        values = [record[metric] for record in run.metrics if metric in record]
+        values = [record[metric] for record in run.metrics if metric in record and record["step"] > 0]
         if not values:
             continue
         width = max(1, len(values) // 10)
@@ -145,16 +145,16 @@ def _samples(runs: Sequence[_Run]) -> tuple[list[dict[str, Any]], str]:
     chosen: list[dict[str, Any]] = []
     shown = there = 0
     for run in runs:
-        steps = list(sample_steps(run.path))
-        picked = _evenly(steps, SAMPLE_STEPS)
+        files = sample_steps(run.path)
+        picked = _evenly(list(files), SAMPLE_STEPS)
         budget = SAMPLE_BYTES // len(runs) // max(1, len(picked))
         kept: list[dict[str, Any]] = []
-        for step in steps:
-            records = read_samples(run.path, step)
-            there += len(records)
+        for step, path in files.items():
+            records, count = _within(path, budget if step in picked else 0)
+            there += count
             if step in picked:
-                kept.append({"step": step, "samples": _within(records, budget)})
-                shown += len(kept[-1]["samples"])
+                kept.append({"step": step, "samples": records})
+                shown += len(records)
         form = (yaml.safe_load(run.config or "{}") or {}).get("genrm", {}).get("prompt_form")
         chosen.append({"run": run.name, "paragraphs": form == "tagged", "steps": kept})
     limit = f"at most {SAMPLE_STEPS} steps of a run and {SAMPLE_BYTES >> 20} MiB"
@@ -168,12 +168,18 @@ def _evenly(steps: list[int], count: int) -> set[int]:
     return {steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)}
 
 
-def _within(records: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
-    kept, used = [], 0
-    for record in records:
-        slim = {key: value for key, value in record.items() if key != "messages"}
-        used += len(json.dumps(slim, ensure_ascii=False).encode())
-        if used > budget:
-            break
-        kept.append(slim)
-    return kept
+def _within(path: Path, budget: int) -> tuple[list[dict[str, Any]], int]:
+    """The first records of a file that fit into `budget` bytes, and how many records it has. The rest is not parsed:
+    the samples of a long run are gigabytes."""
+    kept: list[dict[str, Any]] = []
+    count = used = 0
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            count += 1
+            if used < budget:
+                record = json.loads(line)
+                del record["messages"]
+                used += len(json.dumps(record, ensure_ascii=False).encode())
+                if used <= budget:
+                    kept.append(record)
+    return kept, count

@@ -64,7 +64,8 @@ def test_a_file_extends_another_relative_to_itself(tmp_path):
 def test_anchors_and_merge_keys_keep_their_lines(tmp_path):
     file = write(
         tmp_path / "a.yaml",
-        "rollout:\n  sampling: &greedy\n    top_k: 5\n    top_p: 0.5\ntraining:\n  evaluation:\n    <<: *greedy\n    top_k: 9\n",
+        "rollout:\n  sampling: &greedy\n    top_k: 5\n    top_p: 0.5\n"
+        "training:\n  evaluation:\n    <<: *greedy\n    top_k: 9\n",
     )
     found = problems([file], [])  # top_k is merged in, written over, and no key of an evaluation
     assert found == [f"training.evaluation.top_k ({file}:8): unknown key; did you mean training.evaluation.top_p?"]

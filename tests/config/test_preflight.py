@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_fapo.config.load import load_config
-from megatron_fapo.config.preflight import preflight
+from megatron_fapo.config.preflight import Purpose, preflight
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -56,8 +56,8 @@ def good(tmp_path) -> list[str]:
     ]
 
 
-def found(overrides: list[str], training: bool = True) -> list[str]:
-    return preflight(load_config([], overrides).config, training)
+def found(overrides: list[str], purpose: Purpose = "train") -> list[str]:
+    return preflight(load_config([], overrides).config, purpose)
 
 
 def test_a_complete_run_has_no_problems(good):
@@ -133,8 +133,13 @@ def test_the_api_key_of_external_servers(good, monkeypatch):
     assert found(overrides) == []
 
 
+def test_a_warmup_needs_only_the_model(good):
+    assert found([*good, "data.train=[]", "data.eval.a=absent", "genrm.model_path=null"], "warmup") == []
+    assert "no config.json" in found([*good, "policy.model_path=absent"], "warmup")[0]
+
+
 def test_evaluation_needs_its_data_and_a_genrm_only_to_judge(good):
-    assert "data.eval is empty" in found([*good, "data.train=[]"], training=False)[0]
+    assert "data.eval is empty" in found([*good, "data.train=[]"], "evaluate")[0]
     judged = [*good, f"data.eval.a={good[1].removeprefix('data.train=[').removesuffix(']')}", "genrm.model_path=null"]
-    assert len(found(judged, training=False)) == 1
-    assert found([*judged, "genrm.judge_eval=false"], training=False) == []
+    assert len(found(judged, "evaluate")) == 1
+    assert found([*judged, "genrm.judge_eval=false"], "evaluate") == []
