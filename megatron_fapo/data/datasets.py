@@ -21,13 +21,14 @@ from typing import Any
 from megatron_fapo.config.data import DataConfig
 from megatron_fapo.data.records import Prompt
 from megatron_fapo.data.testbed import Problem, make_problem
+from megatron_fapo.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet")
 LISTED_VIOLATIONS = 20
 INSTRUCTION = DataConfig().instruction
 
 
-class DatasetError(ValueError):
+class DatasetError(UserError):
     """A dataset cannot be used; the message lists what is wrong, where, and the remedy."""
 
 

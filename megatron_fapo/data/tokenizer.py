@@ -33,6 +33,7 @@ _PHRASES = (
     " are left over?",
     "Please reason step by step, and put your final answer within \\boxed{}.",
     ". ",
+    ".\n\n",
     "\n\n",
     ": ",
     ", ",
@@ -57,8 +58,15 @@ _PHRASES = (
     "\n\n[AI Solution]\n\n",
     "<paragraph_",
     "\n</paragraph_",
+    ".\n</paragraph_",
+    ">\n\n<paragraph_",
     ">\n\n",
     ">\n",
+    ", written ",
+    ", right.\n",
+    ", wrong.\n",
+    "\\boxed{-",
+    ", box ",
     "Your task is to review and critique the solution paragraph by paragraph. Once you identify an error in a "
     "paragraph, return the index of the paragraph where the earliest error occurs. Otherwise, return the index of -",
     "Your task is to review and critique the solution step by step. Once you identify an error in a step, return the "
