@@ -77,8 +77,12 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
             cluster.rollout = _make_rollout(config, device)
             stack.push_async_callback(cluster.rollout.shutdown)
             starting += [_start_engines(cluster.rollout, config, engines), _start_reward(config, cluster, stack)]
-        # All at once: importing vLLM and megatron takes most of the time.
-        await _all(starting)
+        if device == "gpu" and config.gpu_share < 1:
+            # On a shared card vLLM measures what memory is left, so nobody else may be taking any meanwhile.
+            for each in starting:
+                await each
+        else:  # importing vLLM and megatron takes most of the time
+            await _all(starting)
         if rollout and policy:
             assert cluster.policy is not None
             engine_gpus = [uuid for facts in engines for uuid in facts["gpus"]]

@@ -10,7 +10,7 @@ import torch
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.policy.batch import TrainSample, split_over_data_ranks
-from megatron_fapo.policy.hf_weights import model_rules
+from megatron_fapo.policy.hf_weights import HFCheckpoint, model_rules
 from megatron_fapo.policy.worker import Rank
 from tests.policy.models import make_samples, reference_gradients, reference_logprobs, write_model
 from tests.policy.ranks import Ranks, make_worker, policy_config
@@ -94,8 +94,12 @@ def test_losses_and_updates_equal_one_rank(ranks: Ranks, qwen3: str, layout: str
             assert got[name] == pytest.approx(value, rel=2e-4, abs=2e-4), (step, name)
     assert plain[0]["policy/tokens"] == sum(len(s.response_ids) for s in make_samples())
     assert other_weights.keys() == weights.keys()
+    initial = HFCheckpoint(qwen3)
     for name, tensor in weights.items():
-        torch.testing.assert_close(torch.tensor(other_weights[name]), torch.tensor(tensor), rtol=1e-3, atol=1e-4)
+        # Adam magnifies rounding where a gradient is nearly zero, so the update is compared as a whole.
+        moved = torch.tensor(tensor) - initial[name]
+        difference = torch.tensor(other_weights[name]) - torch.tensor(tensor)
+        assert difference.norm() < 0.01 * moved.norm(), name
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2", "TP2+SP", "PP2"])

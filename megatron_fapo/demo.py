@@ -1,0 +1,156 @@
+"""`fapo demo`: a whole run on this machine, from nothing to a report, with models small enough to train on the way.
+
+1. Write the testbed's prompts and demonstrations, and two random models (policy and GenRM).
+2. Warm both up at the same time, one process tree each (`fapo warmup`, the policy's own training code).
+3. Train the policy with FAPO against a live GenRM pool (`fapo train -c examples/tiny_cpu.yaml`).
+4. With --compare, train it again with flawed_penalty 0: the baseline, in which the GenRM only measures.
+5. Write the report, and say what the testbed's oracle thinks of the GenRM's verdicts.
+
+Warmed-up models are kept in OUT/models and used again by the next demo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_fapo.data.datasets import write_testbed
+from megatron_fapo.data.demonstrations import genrm_sft_examples, policy_sft_examples
+from megatron_fapo.data.oracle import first_wrong_step
+from megatron_fapo.data.testbed import parse_question
+from megatron_fapo.data.tokenizer import init_tiny_model
+from megatron_fapo.errors import UserError
+from megatron_fapo.genrm.prompts import judge_messages
+from megatron_fapo.observe.metrics import read_metrics
+from megatron_fapo.observe.report import write_report
+from megatron_fapo.observe.samples import read_samples, sample_steps
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+POLICY_ROWS, GENRM_ROWS, TRAIN_PROMPTS, EVAL_PROMPTS = 6000, 6000, 2000, 64
+SEED = 1
+
+
+def demo_command(*, out: Path, compare: bool) -> int:
+    """Run the demo under `out`; returns the exit code. Runs of an earlier demo there are replaced."""
+    if not (EXAMPLES / "tiny_cpu.yaml").is_file():
+        raise UserError(f"{EXAMPLES}/tiny_cpu.yaml not found: the demo runs from a checkout of the repository")
+    began = time.monotonic()
+    _say("tiny models: building and warming up" if not _models_ready(out) else "tiny models: kept from before")
+    if not _models_ready(out):
+        _build_models(out)
+    _say(f"models ready after {time.monotonic() - began:.0f} s; FAPO run starts")
+    runs = [_train(out, "fapo")]
+    if compare:
+        _say("baseline run starts: same seed, flawed_penalty 0")
+        runs.append(_train(out, "baseline", "reward.flawed_penalty=0"))
+    report = out / "report.html"
+    write_report(runs, report)
+    print()
+    for run in runs:
+        _summarise(run)
+    _say(f"{report}  ({time.monotonic() - began:.0f} s in all)")
+    return 0
+
+
+def _say(text: str) -> None:
+    print(f"[demo] {text}", file=sys.stderr, flush=True)
+
+
+def _models_ready(out: Path) -> bool:
+    return all((out / "models" / name / "model.safetensors.index.json").is_file() for name in ("policy", "genrm"))
+
+
+def _build_models(out: Path) -> None:
+    work = out / "warmup"
+    shutil.rmtree(work, ignore_errors=True)
+    write_testbed(out / "data", TRAIN_PROMPTS, EVAL_PROMPTS, SEED)
+    demonstrations = {
+        "policy": policy_sft_examples(POLICY_ROWS, SEED + 1),
+        "genrm": genrm_sft_examples(GENRM_ROWS, SEED + 2, _tagged),
+    }
+    warmups = []
+    for name, examples in demonstrations.items():
+        init_tiny_model(work / f"{name}-init", SEED)
+        data = work / f"{name}.jsonl"
+        rows = ({"messages": messages, "response": response} for messages, response in examples)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        target = out / "models" / name
+        shutil.rmtree(target, ignore_errors=True)
+        arguments = ["warmup", "-c", EXAMPLES / f"tiny_warmup_{name}.yaml", "--data", data, "--out", target]
+        overrides = [f"policy.model_path={work / f'{name}-init'}", f"run_dir={work / name}"]
+        warmups.append(_start(work / f"{name}.out", *arguments, *overrides))
+    for process, log in warmups:
+        _wait(process, log)
+
+
+def _tagged(question: str, ground_truth: str, solution: str) -> list[dict[str, str]]:
+    return judge_messages(question, ground_truth, solution, "tagged")
+
+
+def _start(log: Path, *arguments: object) -> tuple[subprocess.Popen[bytes], Path]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_fapo.cli", *map(str, arguments)]
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | _quiet()), log
+
+
+def _quiet() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
+    if process.wait() != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise UserError(f"warm-up failed with exit code {process.returncode}; the end of {log}:\n{tail}")
+    print(log.read_text(errors="replace").splitlines()[-2], file=sys.stderr)
+
+
+def _train(out: Path, name: str, *overrides: str) -> Path:
+    run = out / name
+    shutil.rmtree(run, ignore_errors=True)
+    paths = {
+        "run_dir": run,
+        "policy.model_path": out / "models" / "policy",
+        "genrm.model_path": out / "models" / "genrm",
+        "data.train": f"[{out / 'data' / 'train.jsonl'}]",
+        "data.eval.testbed": out / "data" / "eval.jsonl",
+    }
+    arguments = [f"{key}={value}" for key, value in paths.items()]
+    command = [sys.executable, "-m", "megatron_fapo.cli", "train", "-c", str(EXAMPLES / "tiny_cpu.yaml")]
+    done = subprocess.run([*command, *arguments, *overrides], env=os.environ | _quiet(), check=False)
+    if done.returncode != 0:
+        raise UserError(f"the {name} run ended with exit code {done.returncode}; its logs are in {run}/logs")
+    return run
+
+
+def _summarise(run: Path) -> None:
+    """First and last tenth of the run, and the GenRM against the oracle over all samples it judged."""
+    steps = [record for record in read_metrics(run) if record["step"] > 0]
+    tenth = max(len(steps) // 10, 1)
+
+    def mean(records: list[dict[str, float]], name: str) -> float:
+        values = [record[name] for record in records if name in record]
+        return sum(values) / len(values) if values else float("nan")
+
+    print(f"{run.name}: {len(steps)} steps, {mean(steps, 'phase_s/total'):.1f} s each")
+    for label, name in (("accuracy", "score/accuracy"), ("flawed-positive ratio", "score/flawed_positive_ratio")):
+        print(f"  {label:<22} {mean(steps[:tenth], name):6.1%} -> {mean(steps[-tenth:], name):6.1%}")
+    right = missed = invented = flawed = 0
+    for step in sample_steps(run):
+        for sample in read_samples(run, step):
+            if sample["verdict"] is None:
+                continue
+            truly = first_wrong_step(parse_question(sample["question"]), sample["text"]) != -1
+            flawed += truly
+            right += truly == sample["flawed"]
+            missed += truly and not sample["flawed"]
+            invented += sample["flawed"] and not truly
+    judged = right + missed + invented
+    if judged:
+        print(f"  GenRM against the oracle: {judged} verdicts, {right / judged:.1%} agree;")
+        print(f"  {flawed} truly flawed, {missed} of them missed, {invented} invented")
