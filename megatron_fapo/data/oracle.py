@@ -25,6 +25,12 @@ def split_paragraphs(text: str) -> list[str]:
     return [paragraph for block in text.split("\n\n") if (paragraph := block.strip())]
 
 
+def facts(paragraph: str) -> list[str]:
+    """What a paragraph states, in order: numbers, equations and boxes, as written."""
+    found = (match.group().strip() for match in _FACT.finditer(paragraph))
+    return [fact for fact in found if re.search(r"[0-9=\\]", fact)]
+
+
 def first_wrong_step(problem: Problem, solution_text: str) -> int:
     """0-based index of the first invalid paragraph, -1 when all are valid and the answer is reached.
 
@@ -55,9 +61,7 @@ class _Reader:
             return False
         first_operation = self.operations_done
         announced: int | None = None  # a quantity restated from the question, which the next equation must then use
-        for fact in (match.group().strip() for match in _FACT.finditer(paragraph)):
-            if not re.search(r"[0-9=\\]", fact):
-                continue
+        for fact in facts(paragraph):
             if re.fullmatch(_NUMBER, fact) and self.started and announced is None and not self.divided:
                 announced = int(fact)
                 if announced != self._next_quantity():

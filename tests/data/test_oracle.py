@@ -82,7 +82,7 @@ def test_missing_repeated_and_swapped_paragraphs_are_caught(seed, data):
     assert first_wrong_step(problem, "\n\n".join(paragraphs[:i] + paragraphs[i + 1 :])) != -1
     assert first_wrong_step(problem, "\n\n".join([*paragraphs[: i + 1], *paragraphs[i:]])) != -1
     if i > 1 and problem.operations[i - 2 : i - 1] != problem.operations[i - 1 : i]:
-        swapped = paragraphs[: i - 1] + [paragraphs[i], paragraphs[i - 1]] + paragraphs[i + 1 :]
+        swapped = [*paragraphs[: i - 1], paragraphs[i], paragraphs[i - 1], *paragraphs[i + 1 :]]
         assert first_wrong_step(problem, "\n\n".join(swapped)) == i - 1
 
 

@@ -1,0 +1,130 @@
+"""Supervised examples that warm up the testbed's tiny policy and tiny GenRM before reinforcement learning.
+
+The policy learns the form of a solution and bad habits with it: it slips, jumps to totals and guesses answers about as
+often as `Habits` says, while the most likely next word is the right one. Sampled at temperature 1 it is therefore right
+about half of the time and often for no good reason, and reinforcement learning has something to sharpen. The GenRM
+learns critiques that work every paragraph out anew, set it beside what is written, and stop at the first that differs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_fapo.data.datasets import INSTRUCTION
+from megatron_fapo.data.oracle import facts, first_wrong_step, split_paragraphs
+from megatron_fapo.data.solutions import (
+    FLAWED_POSITIVE,
+    SOUND,
+    final_paragraph,
+    guess_paragraph,
+    jump_paragraph,
+    start_paragraph,
+    step_paragraph,
+    write_solution,
+)
+from megatron_fapo.data.testbed import Problem, make_problem
+
+Example = tuple[list[dict[str, str]], str]
+"""(chat messages, response text)"""
+PromptBuilder = Callable[[str, str, str], list[dict[str, str]]]
+"""(question, ground_truth, solution) -> the chat messages that ask a GenRM for a verdict"""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How often a demonstrated solution goes wrong, and how; all are probabilities."""
+
+    guess: float = 0.15
+    """The solution breaks off after 0 or more steps and boxes any of the possible answers."""
+    jump: float = 0.30
+    """The solution replaces its last steps, one or more, by an unsupported total."""
+    slip: float = 0.10
+    """Each computed number is off by one or two; the last remainder is any possible one."""
+    jump_slip: float = 0.40
+    """The total that a jump lands on is off by one or two."""
+
+
+def habitual_solution(problem: Problem, rng: random.Random, habits: Habits) -> str:
+    """A solution as a careless student writes it: any mixture of sound steps, slips, jumps and guesses."""
+
+    def off_at_times(number: int, chance: float) -> int:
+        return max(0, number + rng.choice((-2, -1, 1, 2))) if rng.random() < chance else max(0, number)
+
+    operations = problem.operations
+    mood = rng.random()
+    guesses, jumps = mood < habits.guess, habits.guess <= mood < habits.guess + habits.jump
+    done = rng.randrange(len(operations)) if guesses or jumps else len(operations)
+    paragraphs, total = [start_paragraph(problem)], problem.start
+    for operation in operations[:done]:
+        result = off_at_times(total + operation.sign * operation.amount, habits.slip)
+        paragraphs.append(step_paragraph(problem, operation, total, result))
+        total = result
+    if guesses:
+        return "\n\n".join([*paragraphs, guess_paragraph(rng.randrange(problem.box_size))])
+    if jumps:
+        total = off_at_times(total + problem.totals[-1] - problem.totals[done], habits.jump_slip)
+        paragraphs.append(jump_paragraph(problem, total))
+    remainder = rng.randrange(problem.box_size) if rng.random() < habits.slip else total % problem.box_size
+    return "\n\n".join([*paragraphs, final_paragraph(problem, total, remainder=remainder)])
+
+
+def write_critique(problem: Problem, solution_text: str) -> str:
+    """The critique that a GenRM should give: a line for each paragraph up to the first wrong one, then its index.
+
+    A line holds what the paragraph ought to state, what it states, and whether that is right. Boxes within lines are
+    written as `box 2`, so that the only `\\boxed{}` of a critique, even of one cut short, is its verdict.
+    """
+    wrong = first_wrong_step(problem, solution_text)
+    sound = write_solution(problem, SOUND, random.Random(0)).paragraphs
+    written = split_paragraphs(solution_text)
+    lines = []
+    for index, paragraph in enumerate(written if wrong == -1 else written[: wrong + 1]):
+        ought = _stated(sound[index]) if index < len(sound) else "nothing"
+        verdict = "wrong" if index == wrong else "right"
+        lines.append(f"{index}: {ought}, written {_stated(paragraph)}, {verdict}.\n")
+    return "".join(lines) + f"\\boxed{{{wrong}}}"
+
+
+def policy_sft_examples(
+    n: int, seed: int, *, min_steps: int = 2, max_steps: int = 3, habits: Habits | None = None
+) -> list[Example]:
+    """n demonstrations for the policy, asked as datasets.prompt_row asks; a function of the arguments alone."""
+    examples: list[Example] = []
+    for index in range(n):
+        problem = make_problem(seed, index, min_steps, max_steps)
+        solution = habitual_solution(problem, random.Random(f"policy/{seed}/{index}"), habits or Habits())
+        examples.append(([{"role": "user", "content": f"{problem.question}\n\n{INSTRUCTION}"}], solution))
+    return examples
+
+
+def genrm_sft_examples(
+    n: int,
+    seed: int,
+    prompt_builder: PromptBuilder,
+    *,
+    min_steps: int = 2,
+    max_steps: int = 3,
+    habits: Habits | None = None,
+) -> list[Example]:
+    """n critiques of solutions: a third sound, a third with one planted error and a right answer, a third habitual."""
+    examples: list[Example] = []
+    for index in range(n):
+        problem = make_problem(seed, index, min_steps, max_steps)
+        rng = random.Random(f"genrm/{seed}/{index}")
+        source = rng.randrange(3)
+        if source == 2:
+            solution = habitual_solution(problem, rng, habits or Habits())
+        else:
+            solution = write_solution(problem, (SOUND, FLAWED_POSITIVE)[source], rng).text
+        messages = prompt_builder(problem.question, problem.answer, solution)
+        examples.append((messages, write_critique(problem, solution)))
+    return examples
+
+
+def _stated(paragraph: str) -> str:
+    """The numbers of a paragraph without its words: its equations and boxes, or else its bare numbers."""
+    found = facts(paragraph)
+    found = [fact for fact in found if not fact.isdigit()] or found
+    return ", ".join(found).replace("\\boxed{", "box ").replace("}", "") or "nothing"
