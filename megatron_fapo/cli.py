@@ -1,6 +1,6 @@
 """The `fapo` command: one thin function per verb, each importing what it needs when it is called.
 
-Exit codes: 0 done, 1 failure (with a traceback), 2 bad input, 75 stopped by a signal with everything saved.
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped by a signal and 130 by Ctrl-C, both with everything saved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from megatron_fapo import __version__
 from megatron_fapo.config import Config
 from megatron_fapo.config.load import ConfigError, load_config
-from megatron_fapo.config.preflight import Purpose, preflight
+from megatron_fapo.config.preflight import preflight
+from megatron_fapo.config.root import Purpose
 from megatron_fapo.errors import UserError
 
 EXIT_BAD_INPUT = 2
@@ -40,7 +41,7 @@ def _checked_config(args: argparse.Namespace, purpose: Purpose) -> Config:
     """The configuration, once neither it nor the files it names show a problem: all are reported together."""
     problems: list[str] = []
     try:
-        loaded = load_config(args.config, args.overrides)
+        loaded = load_config(args.config, args.overrides, purpose)
     except ConfigError as error:
         if error.loaded is None:
             raise

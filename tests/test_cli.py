@@ -76,7 +76,7 @@ def test_problems_of_the_configuration_and_of_its_files_come_together():
         "training.prompts_per_step = 7",
         "no file absent.jsonl",
         "policy.model_path is empty",
-        "needs a GenRM",
+        "name a GenRM",
     ):
         assert part in result.stderr
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from megatron_fapo.config.root import RULES, Config
+from megatron_fapo.config.root import RULES, Config, Purpose
 from megatron_fapo.config.section import Section
 from megatron_fapo.errors import UserError
 
@@ -68,9 +68,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(paths: list[Path], overrides: list[str]) -> LoadedConfig:
+def load_config(paths: list[Path], overrides: list[str], purpose: Purpose | None = None) -> LoadedConfig:
     """Merge `paths` (later ones win; a file may name a base with `extends: other.yaml`, relative to itself), then the
-    dotted `overrides` (`policy.optimizer.lr=1e-5`, values read as YAML), and check the result.
+    dotted `overrides` (`policy.optimizer.lr=1e-5`, values read as YAML), and check the result for `purpose` (None: only
+    what any use asks for, so that an incomplete file can be looked at).
 
     Maps are merged key by key, lists and values replaced; an explicit `{}` empties a map.
     Raises ConfigError with all problems: unreadable files, unknown keys, types, ranges and cross-section rules.
@@ -91,7 +92,7 @@ def load_config(paths: list[Path], overrides: list[str]) -> LoadedConfig:
             unknown.setdefault(dotted, f"{dotted} ({flat.pop(key).origin}): {what}")
     problems += unknown.values()
     config, rejected = _validate(flat, problems)
-    problems += _broken_rules(config, flat, rejected)
+    problems += _broken_rules(config, flat, rejected, purpose)
     loaded = LoadedConfig(config, {".".join(key): _origin(key, flat) for key, _ in leaves(config)})
     if problems:
         raise ConfigError(problems, None if rejected else loaded)
@@ -268,8 +269,10 @@ def _origin(key: Key, flat: _Flat) -> str:
     return DEFAULT
 
 
-def _broken_rules(config: Config, flat: _Flat, rejected: list[Key]) -> Iterator[str]:
+def _broken_rules(config: Config, flat: _Flat, rejected: list[Key], purpose: Purpose | None) -> Iterator[str]:
     for rule in RULES:
+        if rule.purposes is not None and purpose not in rule.purposes:
+            continue
         keys = [tuple(dotted.split(".")) for dotted in rule.reads]
         # A refused value stands at its default, so a rule that reads it would judge something nobody wrote.
         if any(_overlap(key, loc) for key in keys for loc in rejected) or not rule.broken(config):

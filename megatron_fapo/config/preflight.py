@@ -6,18 +6,14 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Literal
 
-from megatron_fapo.config.root import Config
+from megatron_fapo.config.root import Config, Purpose
 from megatron_fapo.device import choose_device
 from megatron_fapo.errors import UserError
 from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18
 """float32 weights and two Adam moments (12), the working copy (up to 4) and a bfloat16 export (2)."""
-
-
-Purpose = Literal["train", "evaluate", "warmup"]
 
 
 def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
@@ -123,11 +119,6 @@ def _genrm_problems(config: Config, purpose: Purpose) -> list[str]:
     asked = purpose == "train" or (purpose == "evaluate" and genrm.judge_eval)
     if not asked or not genrm.enabled or config.reward.compute_score is not None:
         return []
-    if not genrm.urls and not (genrm.servers > 0 and genrm.model_path):
-        problems.append(
-            "genrm.enabled needs a GenRM: set genrm.urls to running servers, or genrm.model_path with servers > 0;"
-            " or set genrm.enabled to false for the rule-only baseline"
-        )
     if genrm.servers > 0 and genrm.model_path is not None:
         problems += _checkpoint_problems("genrm.model_path", Path(genrm.model_path))
     if genrm.urls and genrm.api_key_env is not None and genrm.api_key_env not in os.environ:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import Field
 
@@ -37,6 +38,10 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
 
 
+Purpose = Literal["train", "evaluate", "warmup"]
+"""What a configuration is read for."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """A condition that spans fields. `reads` names every field that `broken` looks at, for messages and origins."""
@@ -44,6 +49,13 @@ class Rule:
     reads: tuple[str, ...]
     broken: Callable[[Config], bool]
     remedy: str
+    purposes: tuple[Purpose, ...] | None = None
+    """The uses that the condition matters to; None: a contradiction in any use, also in a file that is not complete."""
+
+
+def _genrm_homeless(c: Config) -> bool:
+    served = c.genrm.urls or (c.genrm.servers > 0 and c.genrm.model_path)
+    return c.genrm.enabled and c.reward.compute_score is None and not served
 
 
 def _evaluation_of_nothing(c: Config) -> bool:
@@ -92,6 +104,20 @@ RULES = (
         ("reward.overlong.buffer_tokens", "rollout.max_response_tokens"),
         lambda c: c.reward.overlong.enabled and c.reward.overlong.buffer_tokens >= c.rollout.max_response_tokens,
         "the overlong buffer must be shorter than the response limit; lower it or set reward.overlong.enabled to false",
+        ("train", "evaluate"),
+    ),
+    Rule(
+        ("genrm.enabled", "genrm.urls", "genrm.servers", "genrm.model_path"),
+        _genrm_homeless,
+        "name a GenRM: genrm.urls of running servers, or genrm.model_path with servers > 0;"
+        " or set genrm.enabled to false for the rule-only baseline",
+        ("train",),
+    ),
+    Rule(
+        ("genrm.judge_eval", "genrm.enabled", "genrm.urls", "genrm.servers", "genrm.model_path"),
+        lambda c: c.genrm.judge_eval and _genrm_homeless(c),
+        "name a GenRM to judge with, or set genrm.judge_eval to false",
+        ("evaluate",),
     ),
     Rule(
         ("reward.rho_shift", "reward.flawed_penalty"),
@@ -107,5 +133,6 @@ RULES = (
         ("training.evaluation.every_steps", "data.eval"),
         _evaluation_of_nothing,
         "evaluation needs datasets: set data.eval.NAME to a path, or every_steps to 0",
+        ("train",),
     ),
 )

@@ -9,6 +9,7 @@ import yaml
 
 from megatron_fapo.config import Config
 from megatron_fapo.config.load import ConfigError, leaves, load_config
+from megatron_fapo.config.root import Purpose
 from megatron_fapo.config.show import diff, dump_yaml, show
 
 
@@ -18,9 +19,9 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def problems(paths: list[Path], overrides: list[str]) -> list[str]:
+def problems(paths: list[Path], overrides: list[str], purpose: Purpose | None = None) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_config(paths, overrides)
+        load_config(paths, overrides, purpose)
     assert all(problem in str(caught.value) for problem in caught.value.problems)
     return caught.value.problems
 
@@ -163,15 +164,38 @@ def test_broken_yaml_names_its_line_and_duplicate_keys_are_refused(tmp_path):
         (["policy.optimizer.schedule=linear", "policy.optimizer.decay_steps=10"], "policy.optimizer.warmup_steps"),
         (["policy.optimizer.min_lr=1"], "policy.optimizer.min_lr"),
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature"),
-        (["rollout.max_response_tokens=4096"], "reward.overlong.buffer_tokens"),
         (["reward.rho_shift=1", "reward.flawed_penalty=0.5"], "reward.rho_shift"),
         (["data.question_key=question"], "data.answer_key"),
-        (["training.evaluation.every_steps=5"], "data.eval"),
     ],
 )
 def test_rules_across_sections(overrides, fields):
     (problem,) = problems([], overrides)
     assert fields in problem
+
+
+NO_GENRM = "genrm.enabled=false"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields", "purposes"),
+    [
+        ([], "genrm.model_path", {"train", "evaluate"}),
+        (["genrm.model_path=x", "genrm.servers=0"], "genrm.servers = 0", {"train", "evaluate"}),
+        (["genrm.judge_eval=false"], "genrm.model_path", {"train"}),
+        ([NO_GENRM, "rollout.max_response_tokens=4096"], "reward.overlong.buffer_tokens", {"train", "evaluate"}),
+        ([NO_GENRM, "training.evaluation.every_steps=5"], "data.eval", {"train"}),
+        ([NO_GENRM], "", set()),
+        (["genrm.urls=['http://a/v1']", "genrm.servers=0"], "", set()),
+        (["reward.compute_score=a:b"], "", set()),
+    ],
+)
+def test_rules_of_one_use_do_not_trouble_another(overrides, fields, purposes):
+    for purpose in (None, "train", "evaluate", "warmup"):
+        if purpose in purposes:
+            (problem,) = problems([], overrides, purpose)
+            assert fields in problem
+        else:
+            load_config([], overrides, purpose)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_fapo.config.load import load_config
-from megatron_fapo.config.preflight import Purpose, preflight
+from megatron_fapo.config.preflight import preflight
+from megatron_fapo.config.root import Purpose
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -74,7 +75,6 @@ def test_a_complete_run_has_no_problems(good):
         ("policy.model_path=''", "policy.model_path is empty"),
         ("policy.model_path=absent", "policy.model_path: no config.json in absent"),
         ("genrm.model_path=absent", "genrm.model_path: no config.json in absent"),
-        ("genrm.model_path=null", "genrm.enabled needs a GenRM"),
         ("policy.parallel.pipeline=3", "4 layers do not divide"),
         ("policy.parallel.tensor=4", "2 KV heads do not divide"),
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3"),
@@ -140,6 +140,6 @@ def test_a_warmup_needs_only_the_model(good):
 
 def test_evaluation_needs_its_data_and_a_genrm_only_to_judge(good):
     assert "data.eval is empty" in found([*good, "data.train=[]"], "evaluate")[0]
-    judged = [*good, f"data.eval.a={good[1].removeprefix('data.train=[').removesuffix(']')}", "genrm.model_path=null"]
+    judged = [*good, f"data.eval.a={good[1].removeprefix('data.train=[').removesuffix(']')}", "genrm.model_path=absent"]
     assert len(found(judged, "evaluate")) == 1
     assert found([*judged, "genrm.judge_eval=false"], "evaluate") == []
