@@ -17,6 +17,7 @@ from typing import Any
 
 from megatron_fapo.config.root import Config
 from megatron_fapo.device import choose_device, choose_dtype
+from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.reward_loop import RewardLoop
 from megatron_fapo.policy.actor import PolicyActor
@@ -125,6 +126,7 @@ def _start_ray(device: str) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is too few on a busy laptop
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
@@ -178,16 +180,27 @@ async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitS
     """Start our GenRM servers; returns the base URLs of the whole pool."""
     if not config.genrm.enabled or config.reward.compute_score is not None:
         return []
+    import ray
+
     from megatron_fapo.genrm.server import GenRMServer
 
     actors = []
-    for index in range(config.genrm.servers):
+    dtype = choose_dtype("auto", device)
+    genrm = config.genrm
+    if genrm.model_path is not None:  # actors have working directories of their own
+        genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
+    for index in range(genrm.servers):
         log_path = str(Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log")
-        server = _actor(GenRMServer, config, device, config.genrm.tensor_parallel)
-        actors.append(server.remote(config.genrm, device=device, log_path=log_path))
+        server = _actor(GenRMServer, config, device, genrm.tensor_parallel)
+        actors.append(server.remote(genrm, device=device, dtype=dtype, log_path=log_path))
         stack.push_async_callback(_stop_server, actors[-1])
-    started = await asyncio.gather(*(actor.start.remote() for actor in actors))
-    return [*started, *config.genrm.urls]
+    try:
+        started = await asyncio.gather(*(actor.start.remote() for actor in actors))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    return [*started, *genrm.urls]
 
 
 async def _stop_server(actor: Any) -> None:
