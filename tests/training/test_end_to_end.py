@@ -1,0 +1,146 @@
+"""Real runs: every component, two megatron ranks, a vLLM engine; stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fapo.data.datasets import write_testbed
+from megatron_fapo.data.tokenizer import init_tiny_model
+from megatron_fapo.observe.metrics import read_metrics
+from megatron_fapo.observe.samples import read_samples
+from tests.training.runs import FapoProcess, write_config
+
+pytestmark = pytest.mark.timeout(900)
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs")
+    write_testbed(path / "data", 64, 8, seed=0)
+    init_tiny_model(path / "model", seed=0)
+    return path
+
+
+def _config(workspace: Path, name: str, **sections: Any) -> Path:
+    values: dict[str, Any] = {
+        "run_dir": str(workspace / name),
+        "device": "cpu",
+        "data": {"train": [str(workspace / "data" / "train.jsonl")], "max_prompt_tokens": 160},
+        "policy": {
+            "model_path": str(workspace / "model"),
+            "parallel": {"tensor": 2},
+            "optimizer": {"lr": 1e-3, "warmup_steps": 3},
+        },
+        "rollout": {"samples_per_prompt": 4, "max_response_tokens": 24, "cpu_kv_cache_gb": 0.05},
+        "reward": {"overlong": {"enabled": False}, "verifier_processes": 1},
+        "training": {
+            "steps": STEPS,
+            "prompts_per_step": 4,
+            "prompts_per_mini_batch": 2,
+            "evaluation": {"every_steps": 0},
+            "checkpoint": {"every_steps": 0},
+        },
+    }
+    return write_config(workspace / f"{name}.yaml", values | {k: values.get(k, {}) | v for k, v in sections.items()})
+
+
+@pytest.fixture
+def started() -> Iterator[list[FapoProcess]]:
+    processes: list[FapoProcess] = []
+    yield processes
+    for process in processes:
+        process.kill_all()
+
+
+def _start(started: list[FapoProcess], log: Path, *arguments: str) -> FapoProcess:
+    started.append(FapoProcess(log, *arguments))
+    return started[-1]
+
+
+def _weights(workspace: Path, name: str) -> dict[str, str]:
+    """Digest of each tensor of the run's last checkpoint, through `fapo convert`."""
+    from safetensors.torch import load_file
+
+    checkpoint = sorted((workspace / name / "checkpoints").iterdir())[-1]
+    assert checkpoint.name == f"step_{STEPS:06d}"
+    target = workspace / f"{name}-hf"
+    assert FapoProcess(workspace / "convert.log", "convert", "megatron-to-hf", str(checkpoint), str(target)).wait() == 0
+    tensors = load_file(target / "model-00001-of-00001.safetensors")
+    return {key: hashlib.sha256(t.numpy().tobytes()).hexdigest() for key, t in tensors.items()}
+
+
+def _reproducible(record: dict[str, float]) -> dict[str, float]:
+    timed = ("phase_s/", "weight_sync/", "reward/compute_score", "reward/rule", "genrm/latency")
+    return {name: value for name, value in record.items() if not name.startswith(timed)}
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(workspace: Path, started: list[FapoProcess]) -> None:
+    reward = {"compute_score": "tests.training.runs:reward_of_length"}
+    whole = _start(started, workspace / "whole.log", "train", "-c", str(_config(workspace, "whole", reward=reward)))
+    assert whole.wait() == 0, whole.output()[-4000:]
+    assert whole.wait_until_gone() == []
+    assert (workspace / "whole" / "report.html").stat().st_size > 10_000
+
+    config = str(_config(workspace, "parts", reward=reward))
+    first = _start(started, workspace / "parts.log", "train", "-c", config)
+    first.wait_for_step(workspace / "parts", 2)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, first.output()[-4000:]
+    assert first.wait_until_gone() == []
+    saved = json.loads(next((workspace / "parts" / "checkpoints").glob("step_*/state.json")).read_text())
+    assert 2 <= saved["step"] < STEPS, "the run ended before it could be stopped"
+
+    second = _start(started, workspace / "parts2.log", "train", "-c", config, "--resume")
+    assert second.wait() == 0, second.output()[-4000:]
+    uninterrupted, resumed = read_metrics(workspace / "whole"), read_metrics(workspace / "parts")
+    assert [r["step"] for r in resumed] == [1, 2, 3, 4]
+    assert [_reproducible(r) for r in resumed] == [_reproducible(r) for r in uninterrupted]
+    assert uninterrupted[0]["policy/grad_norm"] > 0
+    assert _weights(workspace, "parts") == _weights(workspace, "whole")
+
+
+def test_failed_judgements_are_unscored_and_a_killed_driver_leaves_nothing(
+    workspace: Path, started: list[FapoProcess]
+) -> None:
+    """A random GenRM never boxes an index. Ground truths are made such that every answer without a box is right, so
+    that all samples are put to it."""
+    rows = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["reward_model"]["ground_truth"] = "[INVALID]"
+    data = workspace / "data" / "unboxed.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = _config(
+        workspace,
+        "judged",
+        data={"train": [str(data)]},
+        policy={"parallel": {"pipeline": 2}},
+        genrm={"model_path": str(workspace / "model"), "max_tokens": 16, "max_model_len": 768, "cpu_kv_cache_gb": 0.05},
+        reward={"verifier": "recipe_string", "max_unscored_share": 1.0},
+        training={"steps": 50},
+    )
+    run = _start(started, workspace / "judged.log", "train", "-c", str(config))
+    run.wait_for_step(workspace / "judged", 2)
+    record = read_metrics(workspace / "judged")[1]
+    assert record["score/accuracy"] == 1.0
+    assert record["score/unscored"] == record["score/samples"] == 16
+    assert (
+        "reward/mean" not in record
+    )  # nothing was scored, so there is no mean: not 0, and not the reward of a sound answer
+    assert "policy/grad_norm" not in record  # and nothing to train on
+    samples = read_samples(workspace / "judged", 2)
+    assert {s["unscored_reason"] for s in samples} <= {"genrm_truncated", "genrm_unparsable"}
+    assert all(s["reward"] is None and s["correct"] for s in samples)
+
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    assert run.wait_until_gone(60) == []
