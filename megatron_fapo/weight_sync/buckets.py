@@ -37,7 +37,7 @@ def checksum(data: torch.Tensor) -> str:
     whole = data.numel() // 8 * 8
     words = data[:whole].view(torch.int64)
     tail = int.from_bytes(data[whole:].cpu().numpy().tobytes(), "little")
-    total, weighted = tail, tail * (data.numel() + 1)
+    total, weighted = tail + data.numel(), tail * (data.numel() + 1)
     for start in range(0, words.numel(), _WORDS):
         part = words[start : start + _WORDS]
         # Odd weights: a swap of two words, or one moved, changes the sum; int64 wraps, which keeps it exact.

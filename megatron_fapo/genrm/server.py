@@ -1,0 +1,172 @@
+"""A GenRM server that we start: vLLM's OpenAI-compatible server as a process tree with a log file.
+
+In: the `genrm` section. Out: a base URL that answers. Usable as a Ray actor (`ray.remote(GenRMServer)`), which gives
+it its GPUs and its node, or directly. When its owner goes, however it goes, the whole tree goes (rollout/guard.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.errors import UserError
+from megatron_fapo.rollout.environment import vllm_environment
+from megatron_fapo.rollout.guard import Guard
+
+_LOG_LINES = 40
+_POLL_S = 0.2
+_STOP_S = 10.0
+
+
+class ServerStartError(UserError):
+    """The server did not come up; the message has the end of its log."""
+
+
+class GenRMServer:
+    """One server. `start` and `stop` may be repeated; a new start takes a new port."""
+
+    def __init__(self, config: GenRMConfig, *, device: str, dtype: str, log_path: str, host: str = "127.0.0.1") -> None:
+        """
+        Args:
+            device: `cpu` or `gpu`.
+            dtype: as vLLM names it: `float32`, `bfloat16`, or `auto` for the checkpoint's own.
+            log_path: what the server writes; kept over restarts.
+            host: the address to serve on: this node's, when the driver is on another.
+        """
+        self._config, self._device, self._dtype, self._host = config, device, dtype, host
+        self._log = Path(log_path)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._guard: Guard | None = None
+
+    def options(self) -> list[str]:
+        """The command line of `vllm serve` that the configuration amounts to.
+
+        Raises:
+            UserError: no model, or `genrm.vllm` sets what another field sets.
+        """
+        config = self._config
+        if config.model_path is None:
+            raise UserError("genrm.model_path is not set: name the GenRM's checkpoint, or set genrm.servers: 0")
+        values: dict[str, Any] = {
+            "model": config.model_path,
+            "served_model_name": config.served_model,
+            "dtype": self._dtype,
+            "max_model_len": config.max_model_len,
+            "tensor_parallel_size": config.tensor_parallel,
+            "distributed_executor_backend": "mp" if config.tensor_parallel > 1 else "uni",
+            "enforce_eager": config.enforce_eager or self._device == "cpu",
+            "disable_log_stats": True,
+            "disable_uvicorn_access_log": True,
+        }
+        if self._device == "cpu":
+            length = config.max_model_len or _model_length(config.model_path)
+            values |= {
+                "max_model_len": length,
+                "kv_cache_memory_bytes": int(config.cpu_kv_cache_gb * 2**30),
+                # Seeded requests kill vLLM's CPU engine when prompts are read in chunks (rollout/engine.py).
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(length, 4096),
+            }
+        else:
+            values["gpu_memory_utilization"] = config.gpu_memory_utilization
+        if taken := sorted(values.keys() & config.vllm.keys()):
+            raise UserError(f"genrm.vllm: {', '.join(taken)} is set by other fields of the configuration; use those")
+        return [word for name, value in (values | config.vllm).items() for word in _option(name, value)]
+
+    def start(self) -> str:
+        """Start the server and wait until it answers; returns its base URL, `http://host:port/v1`.
+
+        Raises:
+            ServerStartError: it ended, or did not answer within genrm.start_timeout_s; nothing of it is left.
+        """
+        options = self.options()
+        self._guard = Guard()
+        environment = vllm_environment(self._device, start_timeout_s=self._config.start_timeout_s)
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as listener, self._log.open("ab") as log:
+            listener.bind((self._host, 0))
+            port = listener.getsockname()[1]
+            self._process = self._spawn(listener, options, {**environment, **self._guard.environment}, log)
+        address = f"http://{self._host}:{port}"
+        deadline = time.monotonic() + self._config.start_timeout_s
+        while not _answers(f"{address}/health"):
+            code = self._process.poll()
+            if code is not None or time.monotonic() > deadline:
+                what = f"ended with exit code {code}" if code is not None else "did not answer in time"
+                self.stop()
+                raise ServerStartError(self._message(what))
+            time.sleep(_POLL_S)
+        return f"{address}/v1"
+
+    @staticmethod
+    def _spawn(
+        listener: socket.socket, options: list[str], environment: dict[str, str], log: IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        module = "megatron_fapo.genrm.server_process"
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(listener.fileno()), *options],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,  # a Ctrl-C in the terminal is the driver's to handle
+        )
+
+    def _message(self, what: str) -> str:
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
+        return f"the GenRM server for {self._config.model_path} {what}; the end of its log {self._log}:\n{tail}"
+
+    def alive(self) -> bool:
+        """Whether the server's process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """Stop the server, politely first; returns when none of its processes is left."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        if self._guard is not None:
+            self._guard.release()
+        if self._process is not None:
+            self._process.wait()
+        self._process = self._guard = None
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """One option of vLLM's command line: None is left out, booleans are flags, maps and lists are JSON."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+
+
+def _model_length(model_path: str) -> int:
+    path = Path(model_path) / "config.json"
+    if not path.exists():
+        raise UserError(f"genrm.model_path: {path} does not exist; give the directory of a Hugging Face checkpoint")
+    return int(json.loads(path.read_text())["max_position_embeddings"])
+
+
+def _answers(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot see our nodes
+    try:
+        with direct.open(url, timeout=5.0) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False

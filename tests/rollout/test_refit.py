@@ -1,0 +1,166 @@
+"""Refits of a real vLLM engine from another process: whole, proven, and never half served."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_fapo.weight_sync.protocol import RefitError, StaleEngineError
+from tests.rollout.conftest import make_prompts, run
+from tests.rollout.test_engine import reference_logprobs
+
+
+class Rank:
+    """A policy rank as far as a refit sees it: another process that has tensors."""
+
+    def __init__(self, checkpoint, stage=0, stages=1, bucket_mb=1):
+        from megatron_fapo.weight_sync.sender import WeightSender
+
+        tensors = load_file(f"{checkpoint}/model.safetensors")
+        names = sorted(tensors)[stage::stages]
+        self.tensors = {name: tensors[name] for name in names}
+        self.sender = WeightSender(bucket_mb)
+
+    def open(self, owner=True, verify=True, leave_out=(), damage=None):
+        from dataclasses import replace
+
+        chosen = {name: tensor for name, tensor in self.tensors.items() if name not in leave_out}
+        if damage == "unknown":
+            chosen["model.layers.9.mlp.up_proj.weight"] = torch.zeros(4, 4)
+        if damage == "shape":
+            chosen["model.norm.weight"] = torch.zeros(64)
+        self.sender.open(chosen.items(), owner=owner, verify=verify)
+        self.alter = lambda bucket: bucket
+        if damage == "bytes":
+            self.alter = self._damage_bytes
+        if damage == "gone":
+            self.alter = lambda bucket: self.sender.close() or bucket
+        if damage == "short":
+            self.alter = lambda bucket: replace(bucket, nbytes=bucket.nbytes + 4096)
+        if damage == "host":
+            self.alter = lambda bucket: replace(bucket, host="elsewhere")
+
+    def _damage_bytes(self, bucket):
+        self.sender._buffers[self.sender._turn].data[bucket.entries[-1].offset + 3] ^= 1
+        return bucket
+
+    def next(self):
+        bucket = self.sender.next()
+        return bucket and self.alter(bucket)
+
+    def close(self):
+        self.sender.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(engine, local_ray):
+    """One policy process per checkpoint."""
+    handles = [local_ray.remote(Rank).options(num_cpus=0).remote(str(path)) for path in engine.checkpoints]
+    yield handles
+    for handle in handles:
+        local_ray.kill(handle)
+
+
+def refit(engine, ranks, version, **options):
+    import ray
+
+    ray.get([rank.open.remote(**options) for rank in ranks])
+    return run(engine.pool.refit([lambda rank=rank: rank.next.remote() for rank in ranks], version, timeout_s=60))
+
+
+@pytest.fixture
+def first_again(engine, ranks):
+    """Leaves the engine with the weights that it started from."""
+    yield
+    refit(engine, [ranks[0]], 0)
+
+
+def exported(engine, path):
+    run(_export(engine, path))
+    return load_file(path)
+
+
+async def _export(engine, path):
+    await engine.handle.export_weights.remote(str(path))
+
+
+@pytest.mark.usefixtures("first_again")
+def test_refit_serves_exactly_the_other_checkpoint(engine, ranks, tmp_path):
+    metrics = refit(engine, [ranks[1]], 7)
+    assert run(engine.pool.versions()) == [7]
+    assert metrics["weight_sync/buckets"] > 1, "the test means to cross bucket borders within layers"
+    assert metrics["weight_sync/bytes"] == sum(
+        t.nbytes for t in load_file(engine.checkpoints[1] / "model.safetensors").values()
+    )
+    assert metrics["weight_sync/total_s"] > metrics["weight_sync/load_s"] > 0
+    held, sent = exported(engine, tmp_path / "held"), load_file(engine.checkpoints[1] / "model.safetensors")
+    assert held.keys() == sent.keys()
+    assert [name for name in sent if not torch.equal(held[name], sent[name])] == []
+    sample = next(iter(engine.generate(make_prompts(1), n=1).values()))
+    assert sample.weight_version == 7
+    expected = reference_logprobs(engine.checkpoints[1], sample, 1.0)
+    torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=2e-5, rtol=0)
+
+
+def test_refitted_engine_equals_one_that_loaded_the_checkpoint(engine, ranks):
+    """Back to the first weights: every token and every bit of every log-probability as after the start from disk."""
+    refit(engine, [ranks[1]], 1)
+    assert {s.token_ids for s in engine.standard_run().values()} != {s.token_ids for s in engine.first_run.values()}
+    refit(engine, [ranks[0]], 0)
+    assert engine.standard_run() == engine.first_run
+
+
+@pytest.mark.usefixtures("first_again")
+def test_two_stages_and_a_rank_that_only_gathers(engine, local_ray, tmp_path):
+    make = local_ray.remote(Rank).options(num_cpus=0)
+    stages = [make.remote(str(engine.checkpoints[1]), stage, 2) for stage in range(2)]
+    silent = make.remote(str(engine.checkpoints[1]))
+    local_ray.get([*(stage.open.remote() for stage in stages), silent.open.remote(owner=False)])
+    sources = [lambda rank=rank: rank.next.remote() for rank in (*stages, silent)]
+    run(engine.pool.refit(sources, 3, timeout_s=60))
+    held, sent = exported(engine, tmp_path / "held"), load_file(engine.checkpoints[1] / "model.safetensors")
+    assert all(torch.equal(held[name], sent[name]) for name in sent)
+
+
+MISSING = "model.layers.2.self_attn.k_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"leave_out": (MISSING,)}, f"1 of 47 tensors were never sent: {MISSING}"),
+        ({"damage": "unknown"}, "model.layers.9.mlp.up_proj.weight is not in the engine's checkpoint"),
+        ({"damage": "shape"}, "model.norm.weight has shape"),
+        ({"damage": "bytes"}, "arrived with other bytes than were sent"),
+        ({"damage": "gone"}, "cannot be opened.*has its policy rank ended"),
+        ({"damage": "short"}, "bytes where its manifest says"),
+        ({"damage": "host"}, "another node"),
+    ],
+    ids=["missing", "unknown", "shape", "bytes", "gone", "short", "host"],
+)
+def test_failed_refit_leaves_the_engine_stale_and_a_retry_works(engine, ranks, options, message):
+    with pytest.raises(RefitError, match=message):
+        refit(engine, [ranks[1]], 5, **options)
+    with pytest.raises(StaleEngineError, match="stale"):
+        run(engine.pool.versions())
+    with pytest.raises(StaleEngineError, match="serves nothing"):
+        engine.generate(make_prompts(1))
+    refit(engine, [ranks[0]], 0)
+    assert engine.standard_run() == engine.first_run
+
+
+def test_no_refit_under_samples_in_flight(engine, ranks):
+    async def main():
+        import ray
+
+        stream = engine.stream(make_prompts(8), n=4, max_tokens=300)
+        await anext(stream)
+        ray.get(ranks[0].open.remote())
+        with pytest.raises(RefitError, match="in flight"):
+            await engine.pool.refit([lambda: ranks[0].next.remote()], 2, timeout_s=60)
+        rest = [sample async for sample in stream]
+        assert len(rest) == 31
+        assert await engine.pool.versions() == [0]
+
+    run(main())
