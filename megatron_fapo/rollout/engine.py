@@ -14,7 +14,7 @@ import asyncio
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -150,7 +150,7 @@ class RolloutEngine:
         n: int,
         sampling: SamplingConfig,
         max_tokens: int,
-    ) -> AsyncIterator[Sample]:
+    ) -> AsyncGenerator[Sample]:
         """Yield n samples of each prompt, each as soon as it is finished.
 
         Args:

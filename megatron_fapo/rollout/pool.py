@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -85,7 +85,7 @@ class RolloutPool:
         n: int,
         sampling: SamplingConfig,
         max_tokens: int,
-    ) -> AsyncIterator[Sample]:
+    ) -> AsyncGenerator[Sample]:
         """Samples of all engines as they finish; arguments and errors as of `RolloutEngine.generate`.
 
         Closing the iterator early aborts what is still being generated.

@@ -37,7 +37,7 @@ def test_a_second_run_is_equal_to_the_last_bit(engine):
 
 def test_a_rollout_does_not_depend_on_the_ones_before(engine):
     """Prompts that share a long prefix with cached ones would be prefilled in other batches."""
-    shared = [p.__class__(f"other/{i}", "test", (), "1", "q", p.token_ids * 10) for i, p in enumerate(make_prompts(4))]
+    shared = [p.__class__(f"other/{i}", "test", (), "1", "q", p.token_ids * 16) for i, p in enumerate(make_prompts(4))]
     alone = engine.generate(shared)
     engine.generate(shared[:2], n=1)
     assert engine.generate(shared) == alone

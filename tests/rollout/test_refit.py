@@ -14,23 +14,21 @@ from tests.rollout.test_engine import reference_logprobs
 class Rank:
     """A policy rank as far as a refit sees it: another process that has tensors."""
 
-    def __init__(self, checkpoint, stage=0, stages=1, bucket_mb=1):
+    def __init__(self):
         from megatron_fapo.weight_sync.sender import WeightSender
 
-        tensors = load_file(f"{checkpoint}/model.safetensors")
-        names = sorted(tensors)[stage::stages]
-        self.tensors = {name: tensors[name] for name in names}
-        self.sender = WeightSender(bucket_mb)
+        self.sender = WeightSender(bucket_mb=1)
 
-    def open(self, owner=True, verify=True, leave_out=(), damage=None):
+    def open(self, checkpoint, stage=0, stages=1, verify=True, leave_out=(), damage=None):
         from dataclasses import replace
 
-        chosen = {name: tensor for name, tensor in self.tensors.items() if name not in leave_out}
+        tensors = load_file(checkpoint / "model.safetensors")
+        chosen = {name: tensors[name] for name in sorted(tensors)[stage::stages] if name not in leave_out}
         if damage == "unknown":
             chosen["model.layers.9.mlp.up_proj.weight"] = torch.zeros(4, 4)
         if damage == "shape":
             chosen["model.norm.weight"] = torch.zeros(64)
-        self.sender.open(chosen.items(), owner=owner, verify=verify)
+        self.sender.open(chosen.items(), owner=True, verify=verify)
         self.alter = lambda bucket: bucket
         if damage == "bytes":
             self.alter = self._damage_bytes
@@ -54,18 +52,21 @@ class Rank:
 
 
 @pytest.fixture(scope="module")
-def ranks(engine, local_ray):
-    """One policy process per checkpoint."""
-    handles = [local_ray.remote(Rank).options(num_cpus=0).remote(str(path)) for path in engine.checkpoints]
+def ranks(local_ray):
+    """Two policy processes."""
+    handles = [local_ray.remote(Rank).options(num_cpus=0).remote() for _ in range(2)]
     yield handles
     for handle in handles:
         local_ray.kill(handle)
 
 
-def refit(engine, ranks, version, **options):
+def refit(engine, ranks, which, version, **options):
+    """Put one of the two checkpoints into the engine, each rank sending its stage."""
     import ray
 
-    ray.get([rank.open.remote(**options) for rank in ranks])
+    stages = len(ranks)
+    checkpoint = engine.checkpoints[which]
+    ray.get([rank.open.remote(checkpoint, stage, stages, **options) for stage, rank in enumerate(ranks)])
     return run(engine.pool.refit([lambda rank=rank: rank.next.remote() for rank in ranks], version, timeout_s=60))
 
 
@@ -73,7 +74,7 @@ def refit(engine, ranks, version, **options):
 def first_again(engine, ranks):
     """Leaves the engine with the weights that it started from."""
     yield
-    refit(engine, [ranks[0]], 0)
+    refit(engine, ranks[:1], 0, 0)
 
 
 def exported(engine, path):
@@ -87,7 +88,7 @@ async def _export(engine, path):
 
 @pytest.mark.usefixtures("first_again")
 def test_refit_serves_exactly_the_other_checkpoint(engine, ranks, tmp_path):
-    metrics = refit(engine, [ranks[1]], 7)
+    metrics = refit(engine, ranks[:1], 1, 7)
     assert run(engine.pool.versions()) == [7]
     assert metrics["weight_sync/buckets"] > 1, "the test means to cross bucket borders within layers"
     assert metrics["weight_sync/bytes"] == sum(
@@ -105,20 +106,15 @@ def test_refit_serves_exactly_the_other_checkpoint(engine, ranks, tmp_path):
 
 def test_refitted_engine_equals_one_that_loaded_the_checkpoint(engine, ranks):
     """Back to the first weights: every token and every bit of every log-probability as after the start from disk."""
-    refit(engine, [ranks[1]], 1)
+    refit(engine, ranks[:1], 1, 1)
     assert {s.token_ids for s in engine.standard_run().values()} != {s.token_ids for s in engine.first_run.values()}
-    refit(engine, [ranks[0]], 0)
+    refit(engine, ranks[:1], 0, 0)
     assert engine.standard_run() == engine.first_run
 
 
 @pytest.mark.usefixtures("first_again")
-def test_two_stages_and_a_rank_that_only_gathers(engine, local_ray, tmp_path):
-    make = local_ray.remote(Rank).options(num_cpus=0)
-    stages = [make.remote(str(engine.checkpoints[1]), stage, 2) for stage in range(2)]
-    silent = make.remote(str(engine.checkpoints[1]))
-    local_ray.get([*(stage.open.remote() for stage in stages), silent.open.remote(owner=False)])
-    sources = [lambda rank=rank: rank.next.remote() for rank in (*stages, silent)]
-    run(engine.pool.refit(sources, 3, timeout_s=60))
+def test_two_stages_send_side_by_side(engine, ranks, tmp_path):
+    refit(engine, ranks, 1, 3)
     held, sent = exported(engine, tmp_path / "held"), load_file(engine.checkpoints[1] / "model.safetensors")
     assert all(torch.equal(held[name], sent[name]) for name in sent)
 
@@ -141,12 +137,12 @@ MISSING = "model.layers.2.self_attn.k_proj.weight"
 )
 def test_failed_refit_leaves_the_engine_stale_and_a_retry_works(engine, ranks, options, message):
     with pytest.raises(RefitError, match=message):
-        refit(engine, [ranks[1]], 5, **options)
+        refit(engine, ranks[:1], 1, 5, **options)
     with pytest.raises(StaleEngineError, match="stale"):
         run(engine.pool.versions())
     with pytest.raises(StaleEngineError, match="serves nothing"):
         engine.generate(make_prompts(1))
-    refit(engine, [ranks[0]], 0)
+    refit(engine, ranks[:1], 0, 0)
     assert engine.standard_run() == engine.first_run
 
 
@@ -156,7 +152,7 @@ def test_no_refit_under_samples_in_flight(engine, ranks):
 
         stream = engine.stream(make_prompts(8), n=4, max_tokens=300)
         await anext(stream)
-        ray.get(ranks[0].open.remote())
+        ray.get(ranks[0].open.remote(engine.checkpoints[0]))
         with pytest.raises(RefitError, match="in flight"):
             await engine.pool.refit([lambda: ranks[0].next.remote()], 2, timeout_s=60)
         rest = [sample async for sample in stream]
