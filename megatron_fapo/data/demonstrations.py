@@ -46,6 +46,11 @@ class Habits:
     """The total that a jump lands on is off by one or two."""
 
 
+STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.2)
+"""What the GenRM studies: more slips than the policy makes, because where nearly every written result is right, a GenRM
+learns to copy it in place of working it out."""
+
+
 def habitual_solution(problem: Problem, rng: random.Random, habits: Habits) -> str:
     """A solution as a careless student writes it: any mixture of sound steps, slips, jumps and guesses."""
 
@@ -108,16 +113,16 @@ def genrm_sft_examples(
     max_steps: int = 3,
     habits: Habits | None = None,
 ) -> list[Example]:
-    """n critiques of solutions: a third sound, a third with one planted error and a right answer, a third habitual."""
+    """n critiques of solutions: a quarter sound, a quarter with a planted error and the right answer, half habitual."""
     examples: list[Example] = []
     for index in range(n):
         problem = make_problem(seed, index, min_steps, max_steps)
         rng = random.Random(f"genrm/{seed}/{index}")
-        source = rng.randrange(3)
-        if source == 2:
-            solution = habitual_solution(problem, rng, habits or Habits())
+        kind = rng.choice((SOUND, FLAWED_POSITIVE, None, None))
+        if kind is None:
+            solution = habitual_solution(problem, rng, habits or STUDIED_HABITS)
         else:
-            solution = write_solution(problem, (SOUND, FLAWED_POSITIVE)[source], rng).text
+            solution = write_solution(problem, kind, rng).text
         messages = prompt_builder(problem.question, problem.answer, solution)
         examples.append((messages, write_critique(problem, solution)))
     return examples
