@@ -24,6 +24,7 @@ import aiohttp
 
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import Verdict
+from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.pool import Effect, ServerPool
 from megatron_fapo.genrm.prompts import judge_messages, split_paragraphs
@@ -54,7 +55,7 @@ _EFFECTS = {
 }
 
 
-class GenRMUnavailable(RuntimeError):
+class GenRMUnavailable(UserError):
     """The pool cannot be used as configured; says which server, why, and what to do."""
 
 

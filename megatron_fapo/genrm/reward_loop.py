@@ -39,7 +39,7 @@ class RewardLoop:
     ) -> None:
         """`urls` are all servers of the pool, ours and external; unused when the GenRM is off or a function scores.
 
-        Raises ValueError when `reward.compute_score` cannot be used.
+        Raises UserError when `reward.compute_score` cannot be used.
         """
         self._config = reward
         self._max_response_tokens = max_response_tokens
@@ -131,10 +131,10 @@ class RewardLoop:
             self._client.begin_step()
 
     def metrics(self) -> dict[str, float]:
-        """`reward/...` and `genrm/...` since the step began; docs/genrm.md lists them."""
-        values = dict.fromkeys(("reward/scored", "reward/unscored"), 0.0) | self._counters.metrics("reward")
-        values["reward/in_flight"] = float(sum(map(len, self._pending.values())))
-        values["reward/workers_replaced"] = float(self._verifier.replaced)
+        """`scoring/...` and `genrm/...` since the step began; docs/genrm.md lists them."""
+        values = dict.fromkeys(("scoring/scored", "scoring/unscored"), 0.0) | self._counters.metrics("scoring")
+        values["scoring/in_flight"] = float(sum(map(len, self._pending.values())))
+        values["scoring/workers_replaced"] = float(self._verifier.replaced)
         return values | (self._client.metrics() if self._client is not None else {})
 
     async def close(self) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_fapo.errors import UserError
+
 Function = Callable[..., Any]
 
 
@@ -27,25 +29,25 @@ class UserScore(NamedTuple):
 def load_function(path: str, kwargs: Mapping[str, Any]) -> Function:
     """The function at `package.module:function` or `path/file.py:function`.
 
-    Raises ValueError, with the remedy, when it is missing, not callable, or cannot be called as the recipe's functions
+    Raises UserError, with the remedy, when it is missing, not callable, or cannot be called as the recipe's functions
     are: `compute_score(data_source=, solution_str=, ground_truth=, extra_info=, **kwargs)`.
     """
     module_path, _, name = path.rpartition(":")
     where = f"reward.compute_score = {path!r}"
     if not module_path or not name:
-        raise ValueError(f"{where} is not of the form package.module:function or path/file.py:function")
+        raise UserError(f"{where} is not of the form package.module:function or path/file.py:function")
     try:
         module = _load_file(Path(module_path)) if module_path.endswith(".py") else importlib.import_module(module_path)
     except (ImportError, OSError) as error:
         remedy = "check the path, or put the folder of your package on PYTHONPATH"
-        raise ValueError(f"{where}: {module_path} cannot be imported ({error}): {remedy}") from error
+        raise UserError(f"{where}: {module_path} cannot be imported ({error}): {remedy}") from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise ValueError(f"{where}: {module_path} has no function {name!r}: name one that it defines")
+        raise UserError(f"{where}: {module_path} has no function {name!r}: name one that it defines")
     try:
         inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info={}, **kwargs)
     except TypeError as error:
-        raise ValueError(
+        raise UserError(
             f"{where} cannot be called ({error}): it must accept data_source, solution_str, ground_truth, extra_info "
             "and the keys of reward.compute_score_kwargs as keywords"
         ) from error

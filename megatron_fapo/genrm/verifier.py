@@ -13,10 +13,12 @@ import os
 import pickle
 import signal
 import sys
+from collections import deque
 from typing import Any
 
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.data.records import Sample
+from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.rules import RuleResult
 from megatron_fapo.genrm.user_function import UserScore, describe_error, is_async, load_function, read_score
 from megatron_fapo.genrm.verdict import Reason, Unscored
@@ -29,7 +31,7 @@ START_TIMEOUT_S = 120.0
 START_ATTEMPTS = 3
 
 
-class VerifierUnavailable(RuntimeError):
+class VerifierUnavailable(UserError):
     """Workers do not start; says why."""
 
 
@@ -89,13 +91,14 @@ class Verifier:
     """Scores final answers by rule, or whole samples by the user's function. Belongs to one event loop."""
 
     def __init__(self, config: RewardConfig) -> None:
-        """Raises ValueError when `reward.compute_score` cannot be used."""
+        """Raises UserError when `reward.compute_score` cannot be used."""
         self._config = config
         kwargs, path = config.compute_score_kwargs, config.compute_score
         self._function = None if path is None else load_function(path, kwargs)
         self._in_loop = self._function is not None and is_async(self._function)
         self._setup = {"verifier": config.verifier, "compute_score": path, "kwargs": kwargs}
-        self._idle: asyncio.Queue[_Worker | VerifierUnavailable] = asyncio.Queue()
+        self._idle: deque[_Worker | VerifierUnavailable] = deque()
+        self._places = asyncio.Semaphore(0)  # counts _idle; an asyncio.Queue would let newcomers overtake who waits
         self._workers: set[_Worker] = set()
         self._replacing: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -140,9 +143,8 @@ class Verifier:
     async def close(self) -> None:
         """Leaves no process behind. Whoever still waits for a worker gets VerifierUnavailable."""
         self._closed = True
-        while not self._idle.empty():
-            self._idle.get_nowait()
-        self._idle.put_nowait(VerifierUnavailable("the verifier is closed"))
+        self._idle.clear()
+        self._offer(VerifierUnavailable("the verifier is closed"))
         for task in self._replacing:
             task.cancel()
         await asyncio.gather(*self._replacing, return_exceptions=True)
@@ -151,9 +153,10 @@ class Verifier:
 
     async def _call(self, request: Any, on_error: Reason) -> dict[str, Any] | Unscored:
         payload = pickle.dumps(request)
-        worker = await self._idle.get()
+        await self._places.acquire()
+        worker = self._idle.popleft()
         if isinstance(worker, VerifierUnavailable):
-            self._idle.put_nowait(worker)  # for the next one who asks
+            self._offer(worker)  # for the next one who asks
             raise worker
         healthy = False
         try:
@@ -166,7 +169,7 @@ class Verifier:
             return Unscored(Reason.VERIFIER_CRASH, f"the worker died with exit code {await worker.kill()}")
         finally:  # also when cancelled: the worker is still busy with a sample that nobody wants
             if healthy and not self._closed:
-                self._idle.put_nowait(worker)
+                self._offer(worker)
             else:
                 self._replace(worker)
         return Unscored(on_error, reply["error"]) if "error" in reply else reply
@@ -191,9 +194,13 @@ class Verifier:
             except VerifierUnavailable as error:
                 log.warning("%s", error)
                 if attempts_left == 0:
-                    self._idle.put_nowait(error)  # raised in whoever asks next: without workers the run cannot go on
+                    self._offer(error)  # raised in whoever asks next: without workers the run cannot go on
 
     async def _add_worker(self) -> None:
         worker = await _Worker.start(self._setup)
         self._workers.add(worker)
-        self._idle.put_nowait(worker)
+        self._offer(worker)
+
+    def _offer(self, worker: _Worker | VerifierUnavailable) -> None:
+        self._idle.append(worker)
+        self._places.release()

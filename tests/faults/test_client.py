@@ -15,6 +15,7 @@ from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.genrm import client as client_module
 from megatron_fapo.genrm.client import GenRMClient, GenRMUnavailable
+from megatron_fapo.genrm.pool import Effect
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from tests.faults.fake_server import FakeServer, Script, body, breaks_off, hangs, says, status, with_context
 
@@ -259,9 +260,11 @@ def test_cancelling_closes_the_request() -> None:
         asking = [asyncio.create_task(judge(client, number)) for number in range(5)]
         await asyncio.sleep(0.1)
         assert servers[0].open == 3
+        started = time.monotonic()
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
+        assert time.monotonic() - started < 1.0
         await asyncio.sleep(0.05)
         assert (servers[0].open, servers[0].cancelled) == (0, 3)
         assert isinstance(await judge(client, 9), Verdict)
@@ -272,6 +275,22 @@ def test_cancelling_closes_the_request() -> None:
         request_timeout_s=60.0,
         max_concurrent_per_server=3,
     )
+
+
+def test_a_place_given_to_someone_just_cancelled_is_given_back() -> None:
+    async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
+        url, now = servers[0].url, time.monotonic()
+        client._pool.begin(url, 1)
+        waiting = asyncio.create_task(client._acquire(client._prepare("0" * 64, "q", "2", SOLUTION), retry=False))
+        await asyncio.sleep(0.01)
+        client._pool.end(url, 1, Effect.NOTHING, now)
+        client._dispatch()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert isinstance(await judge(client), Verdict)
+
+    run([always(SOUND)], test, max_concurrent_per_server=1)
 
 
 def test_identical_judgements_share_one_request_until_the_step_ends() -> None:

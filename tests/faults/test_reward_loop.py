@@ -74,9 +74,9 @@ def test_rule_then_verdict_then_overlong() -> None:
         long = await loop.score(make_sample(RIGHT, tokens=8))
         assert (long.reward, long.overlong) == (-0.5, -0.5)
         metrics = loop.metrics()
-        assert (metrics["reward/scored"], metrics["genrm/called"], metrics["genrm/shared"]) == (4, 1, 1)
+        assert (metrics["scoring/scored"], metrics["genrm/called"], metrics["genrm/shared"]) == (4, 1, 1)
         loop.begin_step()
-        assert loop.metrics()["reward/scored"] == 0
+        assert loop.metrics()["scoring/scored"] == 0
 
     run([judge_says(1)], test)
 
@@ -110,7 +110,7 @@ def test_an_unscored_sample_keeps_what_is_known_of_it() -> None:
         assert "no idea" in score.extra["unscored_detail"]
         assert (await loop.score(make_sample(WRONG))).reward == -1.0
         metrics = loop.metrics()
-        assert (metrics["reward/unscored"], metrics["reward/unscored/genrm_unparsable"]) == (1, 1)
+        assert (metrics["scoring/unscored"], metrics["scoring/unscored/genrm_unparsable"]) == (1, 1)
 
     run([lambda _body, _number: says("no idea")], test)
 
@@ -224,7 +224,7 @@ def test_leaving_the_stream_early_cancels_everything() -> None:
         assert tasks() == before
         await asyncio.sleep(0.1)
         assert servers[0].open == 0
-        assert loop.metrics()["reward/in_flight"] == 0
+        assert loop.metrics()["scoring/in_flight"] == 0
 
     run([lambda _body, _number: hangs()], test, genrm=GENRM.model_copy(update={"request_timeout_s": 60.0}))
 

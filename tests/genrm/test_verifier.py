@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fapo.config.reward import RewardConfig
+from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.rules import RuleResult
 from megatron_fapo.genrm.user_function import read_score
 from megatron_fapo.genrm.verdict import Reason, Unscored
@@ -28,7 +29,9 @@ def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=0.0
     if solution_str == "hang":
         while True: pass
     if solution_str == "hang in a child":
-        subprocess.run(["sleep", "1234.5"])
+        child = subprocess.Popen(["sleep", "1234.5"])
+        open(__file__ + ".pid", "w").write(str(child.pid))
+        child.wait()
     if solution_str == "exit":
         os._exit(3)
     if solution_str == "sys.exit":
@@ -105,6 +108,21 @@ def test_both_rules_answer_from_workers() -> None:
     run(RewardConfig(verifier="recipe_string"), by_string)
 
 
+def test_whoever_waits_is_not_overtaken_by_newcomers() -> None:
+    async def test(verifier: Verifier) -> None:
+        order: list[int] = []
+
+        async def ask_again_and_again(number: int) -> None:
+            for _ in range(10):
+                await verifier.verify("\\boxed{2}", "2")
+                order.append(number)
+
+        await asyncio.gather(*(ask_again_and_again(number) for number in range(8)))
+        assert order == list(range(8)) * 10
+
+    run(RewardConfig(verifier="recipe_string", verifier_processes=1), test)
+
+
 def test_an_answer_that_cannot_be_computed_costs_one_sample() -> None:
     async def test(verifier: Verifier) -> None:
         started = time.monotonic()
@@ -117,6 +135,8 @@ def test_an_answer_that_cannot_be_computed_costs_one_sample() -> None:
 
 
 def test_a_hang_or_a_crash_costs_one_worker_and_one_sample(hostile: str) -> None:
+    child_pid = Path(hostile + ".pid")
+
     async def test(verifier: Verifier) -> None:
         async def score(text: str) -> object:
             return await verifier.compute_score(make_sample(text=text, ground_truth="2"))
@@ -131,7 +151,7 @@ def test_a_hang_or_a_crash_costs_one_worker_and_one_sample(hostile: str) -> None
         details = [outcome.detail for outcome in outcomes if isinstance(outcome, Unscored)]
         assert "exit code 3" in details[1]
         assert "KeyError: 'missing'" in details[2]
-        assert "hostile.py:15" in details[2]
+        assert "hostile.py:17" in details[2]
         right, wrong = outcomes[0], outcomes[5]
         assert (right.score, right.correct, right.prediction) == (1.25, True, "2")  # type: ignore[attr-defined]
         assert right.extra == {"source": "test", "split": "train", "odd": "{1}"}  # type: ignore[attr-defined]
@@ -139,8 +159,7 @@ def test_a_hang_or_a_crash_costs_one_worker_and_one_sample(hostile: str) -> None
         last = await score("pid")
         assert last.extra["heavy"] == []  # type: ignore[attr-defined]
         assert last.extra["pid"] != first.extra["pid"]  # type: ignore[attr-defined]
-        running = [line.read_bytes() for line in Path("/proc").glob("[0-9]*/cmdline") if line.exists()]
-        assert b"sleep\x001234.5\x00" not in running, "a killed worker left its own child behind"
+        assert not alive(int(child_pid.read_text())), "a killed worker left its own child behind"
 
     config = RewardConfig(
         compute_score=f"{hostile}:compute_score",
@@ -172,6 +191,8 @@ def test_closing_while_busy_leaves_nothing(hostile: str) -> None:
         await verifier.close()
         outcomes = await asyncio.gather(*busy, return_exceptions=True)
         assert all(isinstance(outcome, Unscored | Exception) for outcome in outcomes)
+        await asyncio.sleep(0)
+        assert "replace verifier worker" not in {task.get_name() for task in asyncio.all_tasks()}
 
     run(RewardConfig(compute_score=f"{hostile}:compute_score", verifier_processes=1), test)
 
@@ -202,12 +223,12 @@ def test_async_functions_are_awaited_under_the_deadline(hostile: str) -> None:
     ],
 )
 def test_a_function_that_cannot_be_used_is_refused_at_start(hostile: str, function: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Verifier(RewardConfig(compute_score=function.format(hostile=hostile)))
 
 
 def test_unknown_keywords_for_the_function_are_refused_at_start(hostile: str) -> None:
-    with pytest.raises(ValueError, match="bnous"):
+    with pytest.raises(UserError, match="bnous"):
         Verifier(RewardConfig(compute_score=f"{hostile}:compute_score", compute_score_kwargs={"bnous": 1}))
 
 
