@@ -131,9 +131,9 @@ class PolicyWorker:
     def _logprob_entropy(self, logits_BTV: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         from megatron_fapo.policy.vocab_parallel import logprob_entropy
 
-        rows_NV = logits_BTV.reshape(-1, logits_BTV.shape[-1])[batch.index_N]
         return logprob_entropy(
-            rows_NV,
+            logits_BTV.reshape(-1, logits_BTV.shape[-1]),
+            batch.index_N,
             batch.target_N,
             temperature=self.temperature,
             vocab=self.shape.vocab,
