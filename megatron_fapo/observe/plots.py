@@ -31,6 +31,7 @@ _RC = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
+    "axes.formatter.useoffset": False,
     "legend.frameon": False,
     "legend.fontsize": 10,
 }
@@ -81,6 +82,7 @@ PLOTS = (
         ("mismatch/abs_mean", "mismatch/abs_max", "mismatch/kl_k3"),
         log=True,
     ),
+    Plot("Loss", "Of the policy, or of a supervised warm-up.", ("policy/loss", "policy/supervised_loss")),
     Plot("Policy entropy", "Mean over response tokens, nats.", ("policy/entropy",)),
     Plot("Gradient norm", "Before clipping.", ("policy/grad_norm",)),
 )
