@@ -21,6 +21,7 @@ from tests.faults.fake_server import Behaviour, FakeServer, Script, body, breaks
 from tests.genrm.samples import make_sample
 
 REWARD = RewardConfig(verifier="recipe_string", verifier_processes=1, overlong=OverlongConfig(buffer_tokens=4))
+PATIENT = GenRMConfig(deadline_s=60.0, request_timeout_s=60.0, max_tokens=512)
 GENRM = GenRMConfig(deadline_s=3.0, request_timeout_s=0.5, max_tokens=512)
 RIGHT, WRONG = "1+1=2\n\n\\boxed{2}", "\\boxed{3}"
 
@@ -185,7 +186,7 @@ def test_scores_stream_while_others_still_wait() -> None:
         order = [scored.sample.key.prompt_id async for scored in loop.score_stream(source())]
         assert order == ["test/1", "test/2", "test/0"]
 
-    run([lambda _body, _number: says("\\boxed{-1}", after_s=0.3)], test)
+    run([lambda _body, _number: says("\\boxed{-1}", after_s=1.0)], test, genrm=PATIENT)
 
 
 def test_the_stream_takes_no_more_than_it_may_have_in_flight() -> None:
@@ -226,7 +227,7 @@ def test_leaving_the_stream_early_cancels_everything() -> None:
         assert servers[0].open == 0
         assert loop.metrics()["scoring/in_flight"] == 0
 
-    run([lambda _body, _number: hangs()], test, genrm=GENRM.model_copy(update={"request_timeout_s": 60.0}))
+    run([lambda _body, _number: hangs()], test, genrm=PATIENT)
 
 
 def test_an_error_of_the_source_ends_the_stream() -> None:
@@ -267,10 +268,10 @@ def test_long_waits_are_announced(caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.WARNING):
             await asyncio.gather(*(loop.score(make_sample(RIGHT, index=index)) for index in range(3)))
         lines = [record.getMessage() for record in caplog.records if "waiting on" in record.getMessage()]
-        assert 1 <= len(lines) <= 3
+        assert 1 <= len(lines) <= 4
         assert lines[0].startswith("waiting on genrm for 0 s: 3 samples, the oldest is SampleKey(prompt_id='test/0'")
 
-    run([lambda _body, _number: says("\\boxed{-1}", after_s=0.45)], test, warn_after_s=0.2)
+    run([lambda _body, _number: says("\\boxed{-1}", after_s=1.0)], test, genrm=PATIENT, warn_after_s=0.3)
 
 
 def test_a_pool_that_cannot_be_used_stops_the_start_and_leaves_no_worker() -> None:
