@@ -90,17 +90,17 @@ class GenRMServer:
             ServerStartError: it ended, or did not answer within genrm.start_timeout_s; nothing of it is left.
         """
         options = self.options()
-        self._guard = Guard()
+        self._guard = guard = Guard()
         environment = vllm_environment(self._device, start_timeout_s=self._config.start_timeout_s)
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as listener, self._log.open("ab") as log:
             listener.bind((self._host, 0))
             port = listener.getsockname()[1]
-            self._process = self._spawn(listener, options, {**environment, **self._guard.environment}, log)
+            self._process = process = self._spawn(listener, options, {**environment, **guard.environment}, log)
         address = f"http://{self._host}:{port}"
         deadline = time.monotonic() + self._config.start_timeout_s
         while not _answers(f"{address}/health"):
-            code = self._process.poll()
+            code = process.poll()
             if code is not None or time.monotonic() > deadline:
                 what = f"ended with exit code {code}" if code is not None else "did not answer in time"
                 self.stop()
@@ -132,18 +132,22 @@ class GenRMServer:
         return self._process is not None and self._process.poll() is None
 
     def stop(self) -> None:
-        """Stop the server, politely first; returns when none of its processes is left."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(_STOP_S)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-        if self._guard is not None:
-            self._guard.release()
-        if self._process is not None:
-            self._process.wait()
+        """Stop the server, politely first; returns when none of its processes is left.
+
+        May be called from another thread while `start` waits, which then raises.
+        """
+        process, guard = self._process, self._guard
         self._process = self._guard = None
+        if process is not None and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        if guard is not None:
+            guard.release()
+        if process is not None:
+            process.wait()
 
 
 def _option(name: str, value: Any) -> list[str]:

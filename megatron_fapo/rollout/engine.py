@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
@@ -60,7 +60,7 @@ class RolloutEngine:
         self.model_path, self.config, self.device, self.dtype = model_path, config, device, dtype
         self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
         self._version = EngineVersion(-1, EngineState.STALE)
-        self._coverage = Coverage({})
+        self._checkpoint = self._coverage = Coverage({})
         self._admission = asyncio.Lock()
         self._active: set[str] = set()
         self._requests = 0
@@ -100,23 +100,20 @@ class RolloutEngine:
         """Load the model and return facts about the engine. It then serves the checkpoint's weights as `version`.
 
         Raises:
-            UserError: `rollout.vllm` names an option that vLLM does not have.
+            UserError: not a checkpoint directory, or `rollout.vllm` names an option that vLLM does not have.
             RuntimeError: vLLM did not start; its own words are in the log.
         """
         began = time.monotonic()
         if self.log_path is not None:
             self._redirect_output(self.log_path)
+        self._checkpoint = expected_tensors(self.model_path)
+        args = self._engine_args()
         self._guard = Guard()
         os.environ.update(vllm_environment(self.device, start_timeout_s=self.config.start_timeout_s))
         os.environ.update(self._guard.environment)
+        self._llm = await asyncio.to_thread(self._build, args)  # minutes, in which `shutdown` must be able to end it
         import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
-        args = self._engine_args()
-        if unknown := sorted(args.keys() - {field.name for field in fields(AsyncEngineArgs)}):
-            raise UserError(f"rollout.vllm: vLLM {vllm.__version__} has no option {', '.join(unknown)}")
-        self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
         self._tokenizer = self._llm.get_tokenizer()
         self._version = EngineVersion(version)
         return {
@@ -127,6 +124,16 @@ class RolloutEngine:
             "gpus": await self._llm.collective_rpc("refit_device"),
             "start_s": time.monotonic() - began,
         }
+
+    @staticmethod
+    def _build(args: dict[str, Any]) -> Any:
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if unknown := sorted(args.keys() - {field.name for field in fields(AsyncEngineArgs)}):
+            raise UserError(f"rollout.vllm: vLLM {vllm.__version__} has no option {', '.join(unknown)}")
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**args))
 
     def _kv_cache_tokens(self) -> int:
         cache = self._llm.vllm_config.cache_config
@@ -206,26 +213,28 @@ class RolloutEngine:
         from vllm.sampling_params import RequestOutputKind
 
         await self._llm.pause_generation(mode="keep", clear_cache=not self._active)
-        for prompt, key in keys:
-            params = SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                max_tokens=max_tokens,
-                seed=sample_seed(self.seed, key),
-                logprobs=0,
-                flat_logprobs=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
-            self._requests += 1
-            tokens = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
-            collector = await self._llm.add_request(f"sample-{self._requests}", tokens, params)
-            task = asyncio.ensure_future(self._finish(collector, prompt, key, version))
-            waiting[collector.request_id] = task
-            self._active.add(collector.request_id)
-        if not self._paused:
-            await self._llm.resume_generation()
+        try:
+            for prompt, key in keys:
+                params = SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    top_k=sampling.top_k,
+                    max_tokens=max_tokens,
+                    seed=sample_seed(self.seed, key),
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                self._requests += 1
+                tokens = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
+                collector = await self._llm.add_request(f"sample-{self._requests}", tokens, params)
+                task = asyncio.ensure_future(self._finish(collector, prompt, key, version))
+                waiting[collector.request_id] = task
+                self._active.add(collector.request_id)
+        finally:
+            if not self._paused:
+                await self._llm.resume_generation()
 
     async def _finish(self, collector: Any, prompt: Prompt, key: SampleKey, version: int) -> Sample:
         output = (await collector.get()).outputs[0]
@@ -252,6 +261,8 @@ class RolloutEngine:
 
     async def sleep(self, level: int = 1) -> None:
         """Give the GPU memory of weights (level 1: kept in host memory; 2: dropped) and KV cache back."""
+        if level >= 2:
+            self._version.fail()  # what wakes up is uninitialised memory, until a refit
         await self._llm.sleep(level)
 
     async def wake(self, tags: list[str] | None = None) -> None:
@@ -267,7 +278,7 @@ class RolloutEngine:
         if self._active:
             raise RefitError(f"{len(self._active)} samples are in flight: their tokens would come from two versions")
         self._version.begin()
-        self._coverage = expected_tensors(self.model_path)
+        self._coverage = replace(self._checkpoint, received=set())
 
         async def pause_and_begin() -> None:
             await self.pause()

@@ -93,14 +93,15 @@ class RolloutPool:
         Raises:
             EngineDiedError: an engine is gone; with the end of its log.
         """
-        finished: asyncio.Queue[Sample | None] = asyncio.Queue()
+        finished: asyncio.Queue[Sample | Exception | None] = asyncio.Queue()
 
         async def pump(index: int, stream: Any) -> None:
             try:
                 async for reference in stream:
                     finished.put_nowait(await self._translate(index, reference))
-            finally:
                 finished.put_nowait(None)
+            except Exception as error:
+                finished.put_nowait(error)
 
         streams = []
         for index, positions in enumerate(assign(len(prompts), len(self._engines))):
@@ -111,11 +112,10 @@ class RolloutPool:
         pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in streams]
         try:
             for _ in pumps:
-                while (sample := await finished.get()) is not None:
-                    yield sample
-                for task in pumps:
-                    if task.done():
-                        task.result()
+                while (item := await finished.get()) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
         finally:
             await self._stop(streams, pumps)
 

@@ -69,7 +69,8 @@ class SharedBuffer:
     def handle(self) -> tuple[Any, ...]:
         """What a `Bucket` carries; a fresh one for each bucket, because CUDA counts the receivers of each."""
         if self.transport == "shm":
-            return (f"/proc/{os.getpid()}/fd/{self._file}",)
+            assert self._file is not None
+            return (f"/proc/{os.getpid()}/fd/{self._file}", os.fstat(self._file).st_ino)
         from torch.multiprocessing.reductions import reduce_tensor
 
         torch.cuda.synchronize(self.data.device)  # the copies into it, before anyone reads
@@ -105,7 +106,7 @@ def map_bucket(bucket: Bucket, device: torch.device) -> torch.Tensor:
 
 
 def _map_file(bucket: Bucket) -> torch.Tensor:
-    (path,) = bucket.handle
+    path, inode = bucket.handle
     try:
         file = os.open(path, os.O_RDWR)
     except OSError as error:

@@ -93,7 +93,7 @@ class Bucket:
     transport: str
     """`shm` or `cuda_ipc`."""
     handle: tuple[Any, ...]
-    """shm: (path,). cuda_ipc: (GPU UUID, then what PyTorch's CUDA sharing gives)."""
+    """shm: (path, inode). cuda_ipc: (GPU UUID, then what PyTorch's CUDA sharing gives)."""
     nbytes: int
     entries: tuple[TensorEntry, ...]
     pack_s: float = 0.0

@@ -33,13 +33,15 @@ class WeightSender:
         self._verify = self._owner = False
 
     def open(self, tensors: Iterable[tuple[str, torch.Tensor]], *, owner: bool, verify: bool) -> None:
-        """Begin a refit, giving up an unfinished one.
+        """Begin a refit. An unfinished one is given up, after its gathers: other ranks still wait in them.
 
         Args:
             tensors: HF-named full tensors. Producing them may be collective.
             owner: this rank sends. Others only iterate, so that the owner's gathers complete.
             verify: put a checksum on every tensor.
         """
+        for _ in self._tensors:
+            pass
         self._tensors, self._owner, self._verify = iter(tensors), owner, verify
         self._next = None
 

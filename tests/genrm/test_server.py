@@ -78,6 +78,16 @@ def test_server_that_does_not_answer_in_time_is_removed(checkpoint, tmp_path):
     assert not server.alive()
 
 
+def test_stop_ends_a_start_that_is_under_way(checkpoint, tmp_path):
+    server = make_server(checkpoint, tmp_path / "genrm-0.log")
+    stopping = threading.Timer(1.0, server.stop)
+    stopping.start()
+    with pytest.raises(ServerStartError, match="ended with exit code"):
+        server.start()
+    stopping.join()
+    assert not server.alive()
+
+
 def test_options_follow_the_configuration(checkpoint, tmp_path):
     server = make_server(
         checkpoint, tmp_path / "log", vllm={"max_num_seqs": 64, "hf_overrides": {"a": 1}, "async": False}

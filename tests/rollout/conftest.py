@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,9 +65,13 @@ class Engine:
 
 @pytest.fixture(scope="package")
 def local_ray():
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is too few on a busy machine
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False,
+        object_store_memory=100 * 2**20,
+    )  # fmt: skip
     yield ray
     ray.shutdown()
 

@@ -78,10 +78,12 @@ def test_a_rank_that_does_not_own_runs_the_gathers_and_sends_nothing(sender):
     assert gathered == list(TENSORS)
 
 
-def test_a_new_refit_forgets_an_unfinished_one(sender):
-    sender.open(((str(i), torch.ones(MIB // 4)) for i in range(3)), owner=True, verify=False)
+def test_a_new_refit_drops_an_unfinished_one_but_not_its_gathers(sender):
+    gathered = []
+    sender.open(((str(i), gathered.append(i) or torch.ones(MIB // 4)) for i in range(5)), owner=True, verify=False)
     sender.next()
     sender.open([("only", torch.ones(2))], owner=True, verify=False)
+    assert gathered == list(range(5)), "the other tensor-parallel ranks would wait for ever"
     assert [entry.name for bucket in drain(sender) for entry in bucket.entries] == ["only"]
 
 
@@ -106,6 +108,10 @@ def test_wrong_buckets_are_refused(sender):
         map_bucket(replace(bucket, nbytes=bucket.nbytes * 2), CPU)
     sender.close()
     with pytest.raises(RefitError, match="has its policy rank ended"):
+        map_bucket(bucket, CPU)
+    sender.open([("u", torch.arange(1000.0))], owner=True, verify=True)
+    assert sender.next().handle[0] == bucket.handle[0], "the descriptor's number is used anew"
+    with pytest.raises(RefitError, match="was given back"):
         map_bucket(bucket, CPU)
 
 
