@@ -85,8 +85,24 @@ class PolicyWorker:
         parallel_state.initialize_model_parallel(cfg.parallel.tensor, cfg.parallel.pipeline)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         self.state = parallel_state
+        self._open_communicators()
         self.shape = read_model_shape(cfg.model_path)
         self._build(getattr(torch, dtype))
+
+    def _open_communicators(self) -> None:
+        """Use every process group once, now: NCCL takes memory for a group at its first use, and in the middle of a
+        step PyTorch's cache may have left it none."""
+        state = self.state
+        groups = (
+            None,
+            state.get_tensor_model_parallel_group(),
+            state.get_pipeline_model_parallel_group(),
+            state.get_model_parallel_group(),
+            state.get_data_parallel_group(),
+            state.get_data_parallel_group(with_context_parallel=True),
+        )
+        for group in groups:
+            torch.distributed.all_reduce(torch.zeros(1, device=self.device), group=group)
 
     def _build(self, dtype: torch.dtype) -> None:
         from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
