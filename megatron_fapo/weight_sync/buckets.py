@@ -114,6 +114,8 @@ def _map_file(bucket: Bucket) -> torch.Tensor:
             f"the bucket's memory {path} cannot be opened ({error}): has its policy rank ended?"
         ) from error
     try:
+        if os.fstat(file).st_ino != inode:  # another file has the descriptor's number now
+            raise RefitError(f"the bucket's memory {path} was given back before it was loaded")
         size = os.fstat(file).st_size
         if size < bucket.nbytes:  # mapping beyond the end would kill this process with SIGBUS
             raise RefitError(f"the bucket's memory has {size} bytes where its manifest says {bucket.nbytes}")
