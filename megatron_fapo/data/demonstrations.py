@@ -46,7 +46,7 @@ class Habits:
     """The total that a jump lands on is off by one or two."""
 
 
-STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.2)
+STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.35)
 """What the GenRM studies: more slips than the policy makes, because where nearly every written result is right, a GenRM
 learns to copy it in place of working it out."""
 
@@ -78,7 +78,7 @@ def habitual_solution(problem: Problem, rng: random.Random, habits: Habits) -> s
 def write_critique(problem: Problem, solution_text: str) -> str:
     """The critique that a GenRM should give: a line for each paragraph up to the first wrong one, then its index.
 
-    A line holds what the paragraph ought to state, what it states, and whether that is right. Boxes within lines are
+    A line holds what the paragraph states, what it should state, and whether that is right. Boxes within lines are
     written as `box 2`, so that the only `\\boxed{}` of a critique, even of one cut short, is its verdict.
     """
     wrong = first_wrong_step(problem, solution_text)
@@ -88,7 +88,7 @@ def write_critique(problem: Problem, solution_text: str) -> str:
     for index, paragraph in enumerate(written if wrong == -1 else written[: wrong + 1]):
         ought = _stated(sound[index]) if index < len(sound) else "nothing"
         verdict = "wrong" if index == wrong else "right"
-        lines.append(f"{index}: {ought}, written {_stated(paragraph)}, {verdict}.\n")
+        lines.append(f"{index}: {_stated(paragraph)}, should be {ought}, {verdict}.\n")
     return "".join(lines) + f"\\boxed{{{wrong}}}"
 
 

@@ -28,7 +28,8 @@ OBJECTS = ("figs", "nuts", "pears", "plums", "coins", "shells", "stamps", "marbl
 GAINS = ("finds", "buys", "gets", "picks")
 LOSSES = ("loses", "sells", "drops", "trades")
 BOX_SIZES = (3, 4)
-MAX_TOTAL = 19
+MAX_AMOUNT = 6
+MAX_TOTAL = 15
 """Running totals stay in 0..MAX_TOTAL: few enough sums for a model of under a million parameters to learn them all."""
 
 
@@ -110,7 +111,7 @@ def make_problem(seed: int, index: int, min_steps: int = 2, max_steps: int = 3) 
     start = rng.randint(2, 9)
     total, operations = start, []
     for _ in range(rng.randint(min_steps, max_steps)):
-        room = {GAINS: min(9, MAX_TOTAL - total), LOSSES: min(9, total)}
+        room = {GAINS: min(MAX_AMOUNT, MAX_TOTAL - total), LOSSES: min(MAX_AMOUNT, total)}
         verbs = rng.choice([kind for kind, most in room.items() if most > 0])
         operation = Operation(rng.choice(verbs), rng.randint(1, room[verbs]))
         total += operation.sign * operation.amount

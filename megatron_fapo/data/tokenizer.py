@@ -62,7 +62,7 @@ _PHRASES = (
     ">\n\n<paragraph_",
     ">\n\n",
     ">\n",
-    ", written ",
+    ", should be ",
     ", right.\n",
     ", wrong.\n",
     "\\boxed{-",
