@@ -84,7 +84,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from megatron_fapo.demo import demo_command
 
-    return demo_command(out=args.out, compare=args.compare)
+    return demo_command(out=args.out, compare=args.compare, rebuild=args.rebuild)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -151,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = verbs.add_parser("demo", help="a whole run with tiny models, on this machine")
     demo.add_argument("--compare", action="store_true", help="also run the rule-only baseline, and plot both")
+    demo.add_argument("--rebuild", action="store_true", help="first make the models of examples/models anew")
     demo.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     demo.set_defaults(verb=_demo)
     return parser

@@ -1,12 +1,12 @@
 """`fapo demo`: a whole run on this machine, from nothing to a report, with models small enough to train on the way.
 
-1. Write the testbed's prompts and demonstrations, and two random models (policy and GenRM).
-2. Warm both up at the same time, one process tree each (`fapo warmup`, the policy's own training code).
-3. Train the policy with FAPO against a live GenRM pool (`fapo train -c examples/tiny_cpu.yaml`).
-4. With --compare, train it again with flawed_penalty 0: the baseline, in which the GenRM only measures.
-5. Write the report, and say what the testbed's oracle thinks of the GenRM's verdicts.
+1. Write the testbed's prompts.
+2. Train the tiny policy with FAPO against a live GenRM pool (`fapo train -c examples/tiny_cpu.yaml`).
+3. With --compare, train it again with flawed_penalty 0: the baseline, in which the GenRM only measures.
+4. Write the report, and say what the testbed's oracle thinks of the GenRM's verdicts.
 
-Warmed-up models are kept in OUT/models and used again by the next demo.
+The two models it starts from lie in examples/models. `fapo demo --rebuild` makes them anew from random weights with
+`fapo warmup`, the policy's own training code, on demonstrations and critiques of the testbed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,25 @@ from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import read_samples, sample_steps
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-POLICY_ROWS, GENRM_ROWS, TRAIN_PROMPTS, EVAL_PROMPTS = 6000, 6000, 2000, 64
-SEED = 1
+MODELS = EXAMPLES / "models"
+TRAIN_PROMPTS, EVAL_PROMPTS, SEED = 2000, 64, 1
+POLICY_ROWS, GENRM_ROWS, LAYERS = 10_000, 40_000, 2
 
 
-def demo_command(*, out: Path, compare: bool) -> int:
-    """Run the demo under `out`; returns the exit code. Runs of an earlier demo there are replaced."""
+def demo_command(*, out: Path, compare: bool, rebuild: bool) -> int:
+    """Run the demo under `out`; returns the exit code. Runs of an earlier demo there are replaced.
+
+    Raises:
+        UserError: not in a checkout of the repository, or a run of it failed.
+    """
     if not (EXAMPLES / "tiny_cpu.yaml").is_file():
         raise UserError(f"{EXAMPLES}/tiny_cpu.yaml not found: the demo runs from a checkout of the repository")
     began = time.monotonic()
-    _say("tiny models: building and warming up" if not _models_ready(out) else "tiny models: kept from before")
-    if not _models_ready(out):
+    if rebuild:
+        _say("building the tiny models anew")
         _build_models(out)
-    _say(f"models ready after {time.monotonic() - began:.0f} s; FAPO run starts")
+    write_testbed(out / "data", TRAIN_PROMPTS, EVAL_PROMPTS, SEED)
+    _say("FAPO run starts: importing megatron, vLLM and Ray takes a minute or so")
     runs = [_train(out, "fapo")]
     if compare:
         _say("baseline run starts: same seed, flawed_penalty 0")
@@ -61,25 +67,20 @@ def _say(text: str) -> None:
     print(f"[demo] {text}", file=sys.stderr, flush=True)
 
 
-def _models_ready(out: Path) -> bool:
-    return all((out / "models" / name / "model.safetensors.index.json").is_file() for name in ("policy", "genrm"))
-
-
 def _build_models(out: Path) -> None:
     work = out / "warmup"
     shutil.rmtree(work, ignore_errors=True)
-    write_testbed(out / "data", TRAIN_PROMPTS, EVAL_PROMPTS, SEED)
     demonstrations = {
         "policy": policy_sft_examples(POLICY_ROWS, SEED + 1),
         "genrm": genrm_sft_examples(GENRM_ROWS, SEED + 2, _tagged),
     }
     warmups = []
     for name, examples in demonstrations.items():
-        init_tiny_model(work / f"{name}-init", SEED)
+        init_tiny_model(work / f"{name}-init", SEED, num_hidden_layers=LAYERS)
         data = work / f"{name}.jsonl"
         rows = ({"messages": messages, "response": response} for messages, response in examples)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        target = out / "models" / name
+        target = MODELS / name
         shutil.rmtree(target, ignore_errors=True)
         arguments = ["warmup", "-c", EXAMPLES / f"tiny_warmup_{name}.yaml", "--data", data, "--out", target]
         overrides = [f"policy.model_path={work / f'{name}-init'}", f"run_dir={work / name}"]
@@ -115,8 +116,8 @@ def _train(out: Path, name: str, *overrides: str) -> Path:
     shutil.rmtree(run, ignore_errors=True)
     paths = {
         "run_dir": run,
-        "policy.model_path": out / "models" / "policy",
-        "genrm.model_path": out / "models" / "genrm",
+        "policy.model_path": MODELS / "policy",
+        "genrm.model_path": MODELS / "genrm",
         "data.train": f"[{out / 'data' / 'train.jsonl'}]",
         "data.eval.testbed": out / "data" / "eval.jsonl",
     }

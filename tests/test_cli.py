@@ -121,7 +121,7 @@ def test_the_other_verbs_get_typed_arguments(run_file, monkeypatch):
     assert cli.main(["warmup", "-c", str(run_file), "--data", "absent.jsonl", "--out", "o"]) == 2
     assert isinstance(evaluate[0][0][0], Config)
     assert convert == [(("megatron-to-hf",), {"source": Path("a"), "target": Path("b")})]
-    assert demo == [((), {"out": Path("runs/demo"), "compare": True})]
+    assert demo == [((), {"out": Path("runs/demo"), "compare": True, "rebuild": False})]
     assert warmup[0][1] == {"data": run_file, "out": Path("o")}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ class RewardLoop:
             log.debug("%s is unscored: %s", sample.key, score.extra.get("unscored_detail"))
         return score
 
-    async def score_stream(self, samples: AsyncIterator[Sample], *, judge: bool = True) -> AsyncIterator[ScoredSample]:
+    async def score_stream(self, samples: AsyncIterator[Sample], *, judge: bool = True) -> AsyncGenerator[ScoredSample]:
         """Scores every sample from the moment it arrives, and yields each as soon as it is scored.
 
         At most `max_in_flight` samples are taken and not yet handed on; then `samples` has to wait. An error of

@@ -80,7 +80,7 @@ def _weights(workspace: Path, name: str) -> dict[str, str]:
 
 
 def _reproducible(record: dict[str, float]) -> dict[str, float]:
-    timed = ("phase_s/", "weight_sync/", "reward/compute_score", "reward/rule", "genrm/latency")
+    timed = ("phase_s/", "weight_sync/", "scoring/", "genrm/latency")
     return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
