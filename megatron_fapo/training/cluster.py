@@ -69,13 +69,13 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
         cluster = Cluster(config, device)
         starting: list[Coroutine[Any, Any, Any]] = []
         if policy:
-            cluster.policy = _make_policy(config, device)
+            cluster.policy = make_policy(config, device)
             stack.push_async_callback(cluster.policy.shutdown)
             dtype = choose_dtype(config.policy.dtype, device)
             starting.append(cluster.policy.start(device=device, dtype=dtype))
         engines: list[dict[str, Any]] = []
         if rollout:
-            cluster.rollout = _make_rollout(config, device)
+            cluster.rollout = make_rollout(config, device)
             stack.push_async_callback(cluster.rollout.shutdown)
             starting += [_start_engines(cluster.rollout, config, engines), _start_reward(config, cluster, stack)]
         if device == "gpu" and config.gpu_share < 1:
@@ -152,14 +152,16 @@ def _actor(kind: type, config: Config, device: str, gpus: int = 1) -> Any:
     return ray.remote(kind).options(num_cpus=0, num_gpus=share, runtime_env={"env_vars": env})
 
 
-def _make_policy(config: Config, device: str) -> PolicyGroup:
+def make_policy(config: Config, device: str) -> PolicyGroup:
+    """The policy's actors, not yet started; their logs go to run_dir/logs."""
     run_dir = str(Path(config.run_dir).resolve())
     ranks = range(config.policy.parallel.world_size)
     actors = [_actor(PolicyActor, config, device).remote(run_dir, rank) for rank in ranks]
     return PolicyGroup(actors, config, [Path(run_dir) / "logs" / f"policy-{rank}.log" for rank in ranks])
 
 
-def _make_rollout(config: Config, device: str) -> RolloutPool:
+def make_rollout(config: Config, device: str) -> RolloutPool:
+    """The engines' actors, not yet started; their logs go to run_dir/logs."""
     logs = [str(Path(config.run_dir).resolve() / "logs" / f"rollout-{i}.log") for i in range(config.rollout.replicas)]
     engines = [
         _actor(RolloutEngine, config, device, config.rollout.tensor_parallel).remote(
