@@ -78,8 +78,8 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
             cluster.rollout = make_rollout(config, device)
             stack.push_async_callback(cluster.rollout.shutdown)
             starting += [_start_engines(cluster.rollout, config, engines), _start_reward(config, cluster, stack)]
-        if device == "gpu" and config.gpu_share < 1:
-            # On a shared card vLLM measures what memory is left, so nobody else may be taking any meanwhile.
+        if device == "gpu" and config.gpu_share < 1 and not _kv_caches_are_set(config):
+            # On a shared card vLLM sizes its KV cache by the memory that is left, so nobody else may be taking any.
             for each in starting:
                 await each
         else:  # importing vLLM and megatron takes most of the time
@@ -110,6 +110,11 @@ async def _start_reward(config: Config, cluster: Cluster, stack: contextlib.Asyn
     cluster.reward = RewardLoop(config.reward, config.genrm, urls, config.rollout.max_response_tokens)
     stack.push_async_callback(cluster.reward.close)
     await cluster.reward.start()
+
+
+def _kv_caches_are_set(config: Config) -> bool:
+    """Whether every vLLM has its KV cache given in bytes, and so does not measure the card's free memory."""
+    return all("kv_cache_memory_bytes" in options for options in (config.rollout.vllm, config.genrm.vllm))
 
 
 async def _check_external_servers(config: Config) -> None:

@@ -24,7 +24,8 @@ from megatron_fapo.observe.metrics import MetricsWriter
 from megatron_fapo.observe.progress import Progress
 from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import write_samples
-from megatron_fapo.policy.batch import set_logprobs
+from megatron_fapo.policy.batch import TrainSample, set_logprobs
+from megatron_fapo.policy.group import PolicyDiedError
 from megatron_fapo.training.checkpoint import Checkpoints, RunState
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
@@ -46,6 +47,8 @@ class Run:
         self.dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.dir, config.training.checkpoint.keep)
         self.saved_step = state.step if self.checkpoints.complete() else -1
+        self.between_steps = True
+        """False while the policy is being updated: its weights are then no step's."""
         self.phases: dict[str, float] = {}
 
     @contextlib.contextmanager
@@ -117,13 +120,14 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         remaining = iter(samples)
         by_group = [[next(remaining) for _ in group] for group in by_group]
         updates = []
+        run.between_steps = False
         with run.phase("train"):
             for batch in mini_batches(by_group, cfg.prompts_per_mini_batch):
                 updates.append(await policy.train(batch))
         metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else {})}
 
         version = run.state.weight_version + 1
-        run.state = RunState(step, version, run.cursor.state_dict())
+        run.state, run.between_steps = RunState(step, version, run.cursor.state_dict()), True
         with run.phase("refit"):
             metrics |= await cluster.refit(version)
         if sets and due(step, cfg.evaluation.every_steps, cfg.steps):
@@ -171,14 +175,14 @@ async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> l
     return make_groups(taken, scored)
 
 
-def mismatch(samples: list) -> dict[str, float]:
+def mismatch(samples: list[TrainSample]) -> dict[str, float]:
     """How far the engine's log-probabilities are from the policy's own, on the tokens of the step."""
     import torch
 
     if not samples:
         return {}
-    old = torch.tensor([x for s in samples for x in s.old_logprobs])
-    behaviour = torch.tensor([x for s in samples for x in s.behaviour_logprobs])
+    old = torch.tensor([x for s in samples for x in s.old_logprobs or ()])
+    behaviour = torch.tensor([x for s in samples for x in s.behaviour_logprobs or ()])
     return mismatch_metrics(old, behaviour, torch.ones_like(old, dtype=torch.bool))
 
 
@@ -240,8 +244,10 @@ async def _train(config: Config, resume: bool) -> int:
                     log.info("resumed from %s", checkpoint)
                 try:
                     await train(config, cluster, run, sets, stop)
-                except (StopRequestedError, TooManyUnscoredError):
-                    await run.save(cluster)
+                except Exception as error:
+                    # Whatever ended the run elsewhere, the steps that are finished are worth keeping.
+                    if run.between_steps and not isinstance(error, UserError | PolicyDiedError):
+                        await run.save(cluster)
                     raise
         except StopRequestedError:
             log.info("stopped on request after step %d; go on with --resume", run.state.step)
