@@ -178,6 +178,13 @@ class PolicyWorker:
         )
 
     def _micro_batches(self, samples: Sequence[TrainSample], max_tokens: int) -> list[MicroBatch]:
+        largest = max((max(s.prompt_ids + s.response_ids) for s in samples), default=0)
+        if largest >= self.shape.vocab:
+            # The vocabulary-parallel embedding would read zeros for it, and nothing would fail.
+            raise ValueError(
+                f"token id {largest} is outside the model's vocabulary of {self.shape.vocab}: do the tokenizer and "
+                "config.json in policy.model_path belong together?"
+            )
         multiple = self.cfg.parallel.tensor if self.cfg.parallel.sequence_parallel else 1
         return build_micro_batches(with_filler(samples), max_tokens, multiple, self.device)
 
