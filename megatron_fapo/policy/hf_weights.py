@@ -203,7 +203,9 @@ def save_stage(tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, sta
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors}
-    save_file(state, str(directory / _shard_name(stage, stages)), metadata={"format": "pt"})
+    path = directory / _shard_name(stage, stages)
+    save_file(state, str(path), metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors leaves it to its owner alone; checkpoints are shared
     return sorted(state)
 
 

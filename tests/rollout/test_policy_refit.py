@@ -87,7 +87,7 @@ def test_a_failing_rank_ends_the_wait_and_is_named(engine: Engine, tmp_path: Pat
 
     try:
         with pytest.raises(
-            PolicyDiedError, match=r"(?s)a policy rank failed.*outside the model.s vocabulary.*policy-\d\.log"
+            PolicyDiedError, match=r"(?s)outside the model.s vocabulary.*policy-\d\.log"
         ):
             run(scenario())
     finally:
