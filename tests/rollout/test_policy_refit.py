@@ -86,9 +86,7 @@ def test_a_failing_rank_ends_the_wait_and_is_named(engine: Engine, tmp_path: Pat
         await asyncio.wait_for(policy.logprobs(too_large), 60)
 
     try:
-        with pytest.raises(
-            PolicyDiedError, match=r"(?s)outside the model.s vocabulary.*policy-\d\.log"
-        ):
+        with pytest.raises(PolicyDiedError, match=r"(?s)outside the model.s vocabulary.*policy-\d\.log"):
             run(scenario())
     finally:
         run(policy.shutdown())
