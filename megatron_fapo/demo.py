@@ -33,7 +33,7 @@ from megatron_fapo.observe.samples import read_samples, sample_steps
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODELS = EXAMPLES / "models"
 TRAIN_PROMPTS, EVAL_PROMPTS, SEED = 2000, 64, 1
-POLICY_ROWS, GENRM_ROWS, LAYERS = 10_000, 40_000, 2
+POLICY_ROWS, GENRM_ROWS, LAYERS = 10_000, 20_000, 2
 
 
 def demo_command(*, out: Path, compare: bool, rebuild: bool) -> int:

@@ -4,13 +4,13 @@ A story starts with a number of things, gains and loses some, and packs the rest
 how many are left over. There are only `box_size` possible answers, so guessing, skipping and slipping land on the right
 one often: right answers with wrong steps (flawed positives) are common, as in real reinforcement learning.
 
-    Mia has 7 figs. Mia finds 5. Mia sells 4. Mia packs the figs into boxes of 3. How many figs are left over?
+    Mia has 7 figs. Mia sells 4. Mia finds 5. Mia packs the figs into boxes of 3. How many figs are left over?
 
 A sound solution has one paragraph per fact, separated by blank lines, and boxes its answer:
 
     Mia has 7 figs.
-    Mia finds 5: 7 + 5 = 12.
-    Mia sells 4: 12 - 4 = 8.
+    Mia sells 4: 7 - 4 = 3.
+    Mia finds 5: 3 + 5 = 8.
     Boxes of 3: 8 = 2 * 3 + 2, so \\boxed{2}.
 
 Everything is a function of (seed, index): same arguments, same text, on every machine.
@@ -29,8 +29,9 @@ GAINS = ("finds", "buys", "gets", "picks")
 LOSSES = ("loses", "sells", "drops", "trades")
 BOX_SIZES = (3, 4)
 MAX_AMOUNT = 6
-MAX_TOTAL = 15
-"""Running totals stay in 0..MAX_TOTAL: few enough sums for a model of under a million parameters to learn them all."""
+MAX_TOTAL = 9
+"""Running totals stay in 0..MAX_TOTAL: few enough sums for a model of under a million parameters to learn them all in
+a minute. Sums are what it learns last; with two-digit totals it takes three times as long."""
 
 
 @dataclass(frozen=True)

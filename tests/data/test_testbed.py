@@ -23,7 +23,7 @@ def test_problems_depend_on_seed_and_index_only():
     assert len(set(texts)) == len(texts)
     # The very text, so that a change of the generator cannot pass unseen: it would change every dataset and seed.
     assert make_problem(0, 0).question == (
-        "Eva has 3 stamps. Eva trades 3. Eva gets 3. Eva sells 2. Eva packs the stamps into boxes of 3. "
+        "Eva has 3 stamps. Eva trades 3. Eva gets 2. Eva sells 2. Eva packs the stamps into boxes of 3. "
         "How many stamps are left over?"
     )
 
