@@ -23,6 +23,7 @@ from megatron_fapo.genrm.reward_loop import RewardLoop
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.rollout.engine import RolloutEngine
+from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.weight_sync.protocol import choose_transport, verify_due
 
@@ -146,15 +147,16 @@ def _stop_ray() -> None:
     ray.shutdown()
 
 
-def _actor(kind: type, config: Config, device: str, gpus: int = 1) -> Any:
+def _actor(kind: type, config: Config, device: str, gpus: int = 1, concurrency: int | None = None) -> Any:
     """The Ray actor class with its place: CPUs are not counted, since actors wait for each other most of the time."""
     import ray
 
-    env = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"} if device == "cpu" else {}
+    env = vllm_environment(device)  # megatron ranks on a CPU want the same: one thread, no compilation
     share: float = 0
     if device == "gpu":
         share = config.gpu_share * gpus if gpus == 1 else gpus
-    return ray.remote(kind).options(num_cpus=0, num_gpus=share, runtime_env={"env_vars": env})
+    more = {} if concurrency is None else {"max_concurrency": concurrency}
+    return ray.remote(kind).options(num_cpus=0, num_gpus=share, runtime_env={"env_vars": env}, **more)
 
 
 def make_policy(config: Config, device: str) -> PolicyGroup:
@@ -198,7 +200,8 @@ async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitS
         genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
     for index in range(genrm.servers):
         log_path = str(Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log")
-        server = _actor(GenRMServer, config, device, genrm.tensor_parallel)
+        # Two at once, so that a stop can reach a server that is still starting.
+        server = _actor(GenRMServer, config, device, genrm.tensor_parallel, concurrency=2)
         actors.append(server.remote(genrm, device=device, dtype=dtype, log_path=log_path))
         stack.push_async_callback(_stop_server, actors[-1])
     try:
