@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,16 @@ def _start_ray(device: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is too few on a busy laptop
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:
         store = 200 * 2**20 if device == "cpu" else None
         ray.init(include_dashboard=False, object_store_memory=store, **common)
+    # Ray takes SIGTERM for a crash: it would end the process with a stack trace instead of letting it save and stop.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def _stop_ray() -> None:

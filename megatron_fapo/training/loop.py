@@ -236,8 +236,8 @@ async def _train(config: Config, resume: bool) -> int:
         progress = stack.enter_context(Progress(config.training.steps, state.step))
         run = Run(config, cursor, state, progress, writer)
         try:
-            async with launch(config) as cluster:
-                stop.install()
+            async with contextlib.AsyncExitStack() as processes:
+                cluster = await stop.race(processes.enter_async_context(launch(config)))
                 assert cluster.policy is not None
                 if checkpoint is not None:
                     await cluster.policy.load(checkpoint.resolve() / "policy")

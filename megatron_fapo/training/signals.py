@@ -30,14 +30,10 @@ class StopRequest:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> StopRequest:
-        self.install()
-        return self
-
-    def install(self) -> None:
-        """Take the signals. To be called again after `ray.init`, which puts handlers of its own in their place."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             loop.add_signal_handler(number, self._ask, number)
+        return self
 
     def __exit__(self, *_: object) -> None:
         loop = asyncio.get_running_loop()
