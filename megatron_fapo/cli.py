@@ -150,7 +150,11 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(verb=_report)
 
     demo = verbs.add_parser("demo", help="a whole run with tiny models, on this machine")
-    demo.add_argument("--compare", action="store_true", help="also run the rule-only baseline, and plot both")
+    demo.add_argument(
+        "--compare",
+        action="store_true",
+        help="also run the baseline (no penalty) and plot both",
+    )
     demo.add_argument("--rebuild", action="store_true", help="first make the models of examples/models anew")
     demo.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     demo.set_defaults(verb=_demo)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,6 +45,8 @@ def demo_command(*, out: Path, compare: bool, rebuild: bool) -> int:
     """
     if not (EXAMPLES / "tiny_cpu.yaml").is_file():
         raise UserError(f"{EXAMPLES}/tiny_cpu.yaml not found: the demo runs from a checkout of the repository")
+    if not rebuild and not all((MODELS / name / "config.json").is_file() for name in ("policy", "genrm")):
+        raise UserError(f"{MODELS} lacks the demo's models: check it out again, or make them with fapo demo --rebuild")
     began = time.monotonic()
     if rebuild:
         _say("building the tiny models anew")
@@ -80,13 +83,26 @@ def _build_models(out: Path) -> None:
         data = work / f"{name}.jsonl"
         rows = ({"messages": messages, "response": response} for messages, response in examples)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        target = MODELS / name
-        shutil.rmtree(target, ignore_errors=True)
-        arguments = ["warmup", "-c", EXAMPLES / f"tiny_warmup_{name}.yaml", "--data", data, "--out", target]
+        arguments = [
+            "warmup",
+            "-c",
+            EXAMPLES / f"tiny_warmup_{name}.yaml",
+            "--data",
+            data,
+            "--out",
+            work / f"{name}-hf",
+        ]
         overrides = [f"policy.model_path={work / f'{name}-init'}", f"run_dir={work / name}"]
         warmups.append(_start(work / f"{name}.out", *arguments, *overrides))
-    for process, log in warmups:
-        _wait(process, log)
+    try:
+        for process, log in warmups:
+            _wait(process, log)
+    finally:
+        for process, _ in warmups:
+            process.terminate()
+    for name in demonstrations:  # only now that both are there
+        shutil.rmtree(MODELS / name, ignore_errors=True)
+        shutil.copytree(work / f"{name}-hf", MODELS / name)
 
 
 def _tagged(question: str, ground_truth: str, solution: str) -> list[dict[str, str]]:
@@ -108,7 +124,6 @@ def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
     if process.wait() != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise UserError(f"warm-up failed with exit code {process.returncode}; the end of {log}:\n{tail}")
-    print(log.read_text(errors="replace").splitlines()[-2], file=sys.stderr)
 
 
 def _train(out: Path, name: str, *overrides: str) -> Path:
@@ -123,9 +138,13 @@ def _train(out: Path, name: str, *overrides: str) -> Path:
     }
     arguments = [f"{key}={value}" for key, value in paths.items()]
     command = [sys.executable, "-m", "megatron_fapo.cli", "train", "-c", str(EXAMPLES / "tiny_cpu.yaml")]
-    done = subprocess.run([*command, *arguments, *overrides], env=os.environ | _quiet(), check=False)
-    if done.returncode != 0:
-        raise UserError(f"the {name} run ended with exit code {done.returncode}; its logs are in {run}/logs")
+    process = subprocess.Popen([*command, *arguments, *overrides], env=os.environ | _quiet())
+    # The run answers the signals, by saving; this process waits for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both
+    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    code = process.wait()
+    if code != 0:
+        raise UserError(f"the {name} run ended with exit code {code}; its logs are in {run}/logs")
     return run
 
 

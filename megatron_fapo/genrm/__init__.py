@@ -1,1 +1,1 @@
-"""."""
+"""What judges solutions: prompts, verdicts, the rule verifier, the server pool and its client, the reward loop."""

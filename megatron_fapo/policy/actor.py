@@ -95,8 +95,9 @@ class PolicyActor:
 
         if self.sender is None:
             self.sender = WeightSender(bucket_mb, transport)
-        owner = self._up.state.get_tensor_model_parallel_rank() == 0
-        self.sender.open(self._up.export(), owner=owner, verify=verify)
+        worker = self._up
+        owner = worker.state.get_tensor_model_parallel_rank() == 0
+        self.sender.open(worker.export(), owner=owner, verify=verify)
 
     def next_bucket(self) -> Any:
         """The next bucket, or None. Collective over this stage's tensor ranks."""
@@ -112,6 +113,9 @@ class PolicyActor:
     @property
     def _up(self) -> PolicyWorker:
         assert self.worker is not None, "join() comes first"
+        if self.sender is not None:
+            # Of a refit that failed on the engines' side: ranks that do not send still wait in its gathers.
+            self.sender.abandon()
         return self.worker
 
 

@@ -16,6 +16,12 @@ from megatron_fapo.errors import UserError
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
+_NEEDED = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size",
+    "max_position_embeddings", "rms_norm_eps",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes and features of a dense decoder."""
@@ -60,7 +66,10 @@ def read_model_shape(model_path: str | Path) -> ModelShape:
     path = Path(model_path) / "config.json"
     if not path.is_file():
         raise UserError(f"{path} not found: policy.model_path must be an HF checkpoint directory")
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error}); download the checkpoint again") from error
     architecture = (raw.get("architectures") or ["?"])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
@@ -69,7 +78,14 @@ def read_model_shape(model_path: str | Path) -> ModelShape:
     scaling = dict(raw.get("rope_scaling") or {}) or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     problems = []
-    if kind not in ("default", "llama3"):
+    if kind == "llama3":
+        fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        problems += [
+            f"RoPE scaling llama3 with {key} {scaling.get(key)} (mcore fixes it at {value})"
+            for key, value in fixed.items()
+            if scaling.get(key) != value
+        ]
+    elif kind != "default":
         problems.append(f"RoPE scaling {kind!r} (supported: default, llama3)")
     if raw.get("use_sliding_window"):
         problems.append("use_sliding_window")
@@ -82,6 +98,8 @@ def read_model_shape(model_path: str | Path) -> ModelShape:
         problems.append("attention_bias (output projection bias)")
     if problems:
         raise UserError(f"{path}: not supported: {'; '.join(problems)}")
+    if missing := [key for key in _NEEDED if key not in raw]:
+        raise UserError(f"{path}: {', '.join(missing)} missing; is it the config.json of a {architecture}?")
     return ModelShape(
         architecture=architecture,
         layers=raw["num_hidden_layers"],

@@ -33,6 +33,10 @@ class RunState:
     """DataCursor.state_dict() after the prompts of `step`."""
 
 
+class CheckpointError(UserError):
+    """A checkpoint could not be written; the last complete one is untouched."""
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
@@ -43,14 +47,14 @@ class Checkpoints:
         """An empty directory to fill; remains of an interrupted save are removed.
 
         Raises:
-            UserError: the directory cannot be made.
+            CheckpointError: the directory cannot be made.
         """
         partial = self._root / f"step_{step:06d}{_PARTIAL}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"{partial}: {error.strerror}; checkpoints need a writable run_dir") from error
+            raise CheckpointError(f"{partial}: {error.strerror}; checkpoints need a writable run_dir") from error
         return partial
 
     def finish(self, state: RunState) -> Path:
@@ -80,6 +84,19 @@ class Checkpoints:
         if not found:
             raise UserError(f"{self._root} holds no complete checkpoint to resume from; start without --resume")
         return found[-1], RunState(**json.loads((found[-1] / "state.json").read_text()))
+
+
+def require_space(directory: Path, nbytes: int) -> None:
+    """
+    Raises:
+        CheckpointError: the file system of `directory` has less than `nbytes` free.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"a checkpoint takes about {nbytes / 2**30:.1f} GiB and {directory} has {free / 2**30:.1f} GiB free: free "
+            "some, or lower training.checkpoint.keep, then go on with --resume"
+        )
 
 
 def _force_to_disk(path: Path) -> None:

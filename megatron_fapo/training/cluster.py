@@ -68,6 +68,7 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
     async with contextlib.AsyncExitStack() as stack:
         _start_ray(device)
         stack.callback(_stop_ray)
+        _require_gpus(config, device, policy=policy, rollout=rollout)
         cluster = Cluster(config, device)
         starting: list[Coroutine[Any, Any, Any]] = []
         if policy:
@@ -140,10 +141,35 @@ def _start_ray(device: str) -> None:
         ray.init(**common)
     else:
         store = 200 * 2**20 if device == "cpu" else None
-        ray.init(include_dashboard=False, object_store_memory=store, **common)
+        ray.init(address="local", include_dashboard=False, object_store_memory=store, **common)
     # Ray takes SIGTERM for a crash: it would end the process with a stack trace instead of letting it save and stop.
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def _require_gpus(config: Config, device: str, *, policy: bool, rollout: bool) -> None:
+    """
+    Raises:
+        UserError: Ray has fewer GPUs than the run asks for; its actors would wait for them for ever.
+    """
+    if device == "cpu":
+        return
+    import ray
+
+    def share(tensor_parallel: int) -> float:
+        return config.gpu_share if tensor_parallel == 1 else tensor_parallel
+
+    asked = config.policy.parallel.world_size * config.gpu_share if policy else 0.0
+    if rollout:
+        asked += config.rollout.replicas * share(config.rollout.tensor_parallel)
+        if config.genrm.enabled and config.reward.compute_score is None:
+            asked += config.genrm.servers * share(config.genrm.tensor_parallel)
+    present = ray.cluster_resources().get("GPU", 0.0)
+    if asked > present:
+        raise UserError(
+            f"the run asks for {asked:g} GPUs and there are {present:g}: lower policy.parallel, rollout.replicas or "
+            "genrm.servers, or let processes share cards with gpu_share (0.33 puts three on one)"
+        )
 
 
 def _stop_ray() -> None:
@@ -159,14 +185,15 @@ def _actor(kind: type, config: Config, device: str, gpus: int = 1, concurrency: 
     env = vllm_environment(device)  # megatron ranks on a CPU want the same: one thread, no compilation
     share: float = 0
     if device == "gpu":
-        share = config.gpu_share * gpus if gpus == 1 else gpus
+        share = config.gpu_share if gpus == 1 else gpus
     more = {} if concurrency is None else {"max_concurrency": concurrency}
     return ray.remote(kind).options(num_cpus=0, num_gpus=share, runtime_env={"env_vars": env}, **more)
 
 
 def make_policy(config: Config, device: str) -> PolicyGroup:
     """The policy's actors, not yet started; their logs go to run_dir/logs."""
-    run_dir = str(Path(config.run_dir).resolve())
+    run_dir, model = str(Path(config.run_dir).resolve()), str(Path(config.policy.model_path).resolve())
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"model_path": model})})
     ranks = range(config.policy.parallel.world_size)
     actors = [_actor(PolicyActor, config, device).remote(run_dir, rank) for rank in ranks]
     return PolicyGroup(actors, config, [Path(run_dir) / "logs" / f"policy-{rank}.log" for rank in ranks])

@@ -31,10 +31,13 @@ EvaluationSets = Mapping[str, tuple[Prompt, ...]]
 
 def load_evaluation_sets(config: Config, tokenizer: Any) -> EvaluationSets:
     """The sets of data.eval by name."""
-    return {
-        name: load_prompts([path], tokenizer, config.data, split="test", limit=config.data.eval_limit).prompts
-        for name, path in config.data.eval.items()
-    }
+    sets = {}
+    for name, path in config.data.eval.items():
+        loaded = load_prompts([path], tokenizer, config.data, split="test", limit=config.data.eval_limit)
+        if loaded.dropped_overlong:
+            log.warning("%s: %d prompts over data.max_prompt_tokens were left out", name, loaded.dropped_overlong)
+        sets[name] = loaded.prompts
+    return sets
 
 
 async def evaluate(config: Config, cluster: Cluster, sets: EvaluationSets) -> dict[str, float]:
@@ -74,6 +77,8 @@ async def _evaluate(config: Config) -> dict[str, float]:
     from transformers import AutoTokenizer
 
     setup_logging(Path(config.run_dir), "driver", terminal=True)
+    if not config.genrm.judge_eval:  # nobody is going to ask it
+        config = config.model_copy(update={"genrm": config.genrm.model_copy(update={"enabled": False})})
     sets = load_evaluation_sets(config, AutoTokenizer.from_pretrained(config.policy.model_path))
     async with launch(config, policy=False) as cluster:
         assert cluster.reward is not None

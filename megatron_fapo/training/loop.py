@@ -26,7 +26,8 @@ from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import write_samples
 from megatron_fapo.policy.batch import TrainSample, set_logprobs
 from megatron_fapo.policy.group import PolicyDiedError
-from megatron_fapo.training.checkpoint import Checkpoints, RunState
+from megatron_fapo.policy.hf_config import read_model_shape
+from megatron_fapo.training.checkpoint import CheckpointError, Checkpoints, RunState, require_space
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
@@ -74,13 +75,15 @@ class Run:
         if self.saved_step == self.state.step:
             return
         assert cluster.policy is not None
+        # Asked first: what a full disk does to a rank in the middle of a save is a stack trace from deep inside mcore.
+        require_space(self.dir, 16 * read_model_shape(self.config.policy.model_path).parameters)
         try:
             await cluster.policy.save(self.checkpoints.begin(self.state.step).resolve() / "policy")
             path = self.checkpoints.finish(self.state)
         except OSError as error:
-            raise UserError(
-                f"the checkpoint of step {self.state.step} could not be written: {error}; free space under {self.dir}, "
-                f"then go on with --resume from step {max(self.saved_step, 0)}"
+            raise CheckpointError(
+                f"the checkpoint of step {self.state.step} could not be written: {error}; mend it, then go on with "
+                f"--resume from step {max(self.saved_step, 0)}"
             ) from error
         self.saved_step = self.state.step
         log.info("checkpoint %s", path)
@@ -128,15 +131,17 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
 
         version = run.state.weight_version + 1
         run.state, run.between_steps = RunState(step, version, run.cursor.state_dict()), True
-        with run.phase("refit"):
-            metrics |= await cluster.refit(version)
-        if sets and due(step, cfg.evaluation.every_steps, cfg.steps):
-            with run.phase("evaluate"):
-                metrics |= await evaluate(config, cluster, sets)
-        if due(step, cfg.checkpoint.every_steps, cfg.steps):
-            with run.phase("checkpoint"):
-                await run.save(cluster)
-        run.write(step, metrics)
+        try:
+            with run.phase("refit"):
+                metrics |= await cluster.refit(version)
+            if sets and cfg.evaluation.every_steps and due(step, cfg.evaluation.every_steps, cfg.steps):
+                with run.phase("evaluate"):
+                    metrics |= await stop.race(evaluate(config, cluster, sets))
+            if due(step, cfg.checkpoint.every_steps, cfg.steps):
+                with run.phase("checkpoint"):
+                    await run.save(cluster)
+        finally:  # the step is finished and will not be repeated, whatever came after its updates
+            run.write(step, metrics)
         stop.check()
 
 
@@ -246,7 +251,7 @@ async def _train(config: Config, resume: bool) -> int:
                     await train(config, cluster, run, sets, stop)
                 except Exception as error:
                     # Whatever ended the run elsewhere, the steps that are finished are worth keeping.
-                    if run.between_steps and not isinstance(error, UserError | PolicyDiedError):
+                    if run.between_steps and not isinstance(error, CheckpointError | PolicyDiedError):
                         await run.save(cluster)
                     raise
         except StopRequestedError:

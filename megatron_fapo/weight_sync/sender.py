@@ -33,16 +33,20 @@ class WeightSender:
         self._verify = self._owner = False
 
     def open(self, tensors: Iterable[tuple[str, torch.Tensor]], *, owner: bool, verify: bool) -> None:
-        """Begin a refit. An unfinished one is given up, after its gathers: other ranks still wait in them.
+        """Begin a refit; an unfinished one is given up.
 
         Args:
             tensors: HF-named full tensors. Producing them may be collective.
             owner: this rank sends. Others only iterate, so that the owner's gathers complete.
             verify: put a checksum on every tensor.
         """
+        self.abandon()
+        self._tensors, self._owner, self._verify = iter(tensors), owner, verify
+
+    def abandon(self) -> None:
+        """Give an unfinished refit up, after its gathers: other tensor ranks still wait in them."""
         for _ in self._tensors:
             pass
-        self._tensors, self._owner, self._verify = iter(tensors), owner, verify
         self._next = None
 
     def next(self) -> Bucket | None:
