@@ -71,7 +71,10 @@ class _Reader:
             else:
                 return False
         operations = self.problem.operations[first_operation : self.operations_done]
-        known = {self.problem.name, self.problem.objects, *(operation.verb for operation in operations)}
+        known = {self.problem.name, self.problem.objects}
+        for operation in operations:
+            # Another verb of the same direction is a paraphrase; one of the other direction contradicts the story.
+            known.update(GAINS if operation.sign > 0 else LOSSES)
         return announced is None and set(_WORDS.findall(paragraph)) <= known
 
     def _next_quantity(self) -> int:

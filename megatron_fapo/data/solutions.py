@@ -135,12 +135,12 @@ def _wrong_operation(problem: Problem) -> list[Solution]:
 
 
 def _skipped(problem: Problem) -> list[Solution]:
-    operations = problem.operations
+    changes = [operation.sign * operation.amount for operation in problem.operations]
     return [
         _carry_on(problem, _sound_start(problem, i), problem.totals[i], first_wrong=i + 1, done=i + 1)
-        for i in range(len(operations))
-        # Of two equal sentences in a row the second is missed, wherever the skip was meant.
-        if operations[i] not in operations[i + 1 : i + 2] and _stays_natural(problem, problem.totals[i], i + 1)
+        for i in range(len(changes))
+        # Of two equal changes in a row the second is missed, wherever the skip was meant.
+        if changes[i] not in changes[i + 1 : i + 2] and _stays_natural(problem, problem.totals[i], i + 1)
     ]
 
 

@@ -136,6 +136,7 @@ def test_pathological_texts_are_judged_quickly(text):
         # words of the testbed that contradict the story
         (SOUND_TEXT.replace("Mia finds", "Tom finds"), 1),
         (SOUND_TEXT.replace("Mia finds", "Mia sells"), 1),
+        (SOUND_TEXT.replace("Mia finds", "Mia buys"), -1),
         (SOUND_TEXT.replace("figs", "nuts"), 0),
         # right sum, wrong operation or wrong carried quantity
         (SOUND_TEXT.replace("7 + 5 = 12", "12 + 0 = 12"), 1),
