@@ -50,6 +50,8 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """The run has entered this phase; sample counts start anew."""
+        if self._phase == "starting":  # minutes of imports say nothing of how long steps take
+            self._started = time.monotonic()
         self._phase, self._phase_started, self._counts = name, time.monotonic(), None
 
     def samples(self, done: int, scored: int, unscored: int, total: int, tokens: int) -> None:
