@@ -113,7 +113,7 @@ def test_failed_judgements_are_unscored_and_a_killed_driver_leaves_nothing(
     workspace: Path, started: list[FapoProcess]
 ) -> None:
     """A random GenRM never boxes an index. Ground truths are made such that every answer without a box is right, so
-    that all samples are put to it."""
+    that nearly all samples are put to it."""
     rows = [json.loads(line) for line in (workspace / "data" / "train.jsonl").read_text().splitlines()]
     for row in rows:
         row["reward_model"]["ground_truth"] = "[INVALID]"
@@ -130,16 +130,16 @@ def test_failed_judgements_are_unscored_and_a_killed_driver_leaves_nothing(
     )
     run = _start(started, workspace / "judged.log", "train", "-c", str(config))
     run.wait_for_step(workspace / "judged", 2)
-    record = read_metrics(workspace / "judged")[1]
-    assert record["score/accuracy"] == 1.0
-    assert record["score/unscored"] == record["score/samples"] == 16
-    assert (
-        "reward/mean" not in record
-    )  # nothing was scored, so there is no mean: not 0, and not the reward of a sound answer
-    assert "policy/grad_norm" not in record  # and nothing to train on
-    samples = read_samples(workspace / "judged", 2)
-    assert {s["unscored_reason"] for s in samples} <= {"genrm_truncated", "genrm_unparsable"}
-    assert all(s["reward"] is None and s["correct"] for s in samples)
+    for record in read_metrics(workspace / "judged")[:2]:
+        samples = read_samples(workspace / "judged", int(record["step"]))
+        right = [s for s in samples if s["correct"]]
+        assert len(right) >= 12, "the model boxes too often for this test"
+        # Not a number: not 0, and not the reward of a sound answer.
+        assert all(s["reward"] is None for s in right)
+        assert {s["unscored_reason"] for s in right} <= {"genrm_truncated", "genrm_unparsable"}
+        assert {s["reward"] for s in samples if not s["correct"]} <= {-1.0}
+        assert record["score/unscored"] == len(right)
+        assert record["score/samples"] == len(samples) == 16
 
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait()
