@@ -9,7 +9,6 @@ the parent binds port 0 and hands the socket down.
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 import sys
 
@@ -25,8 +24,6 @@ async def serve(listener: socket.socket, args: argparse.Namespace) -> None:
     set_ulimit()
     engine_args = AsyncEngineArgs.from_cli_args(args)
     config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    if os.environ.get("FORK"):
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     llm = AsyncLLM.from_vllm_config(config, disable_log_stats=engine_args.disable_log_stats)
     try:
         host, port = listener.getsockname()[:2]

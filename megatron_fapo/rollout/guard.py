@@ -18,6 +18,7 @@ import time
 import uuid
 
 TAG = "FAPO_PROCESS_TREE"
+_DONE = b"done"
 
 
 def tagged_pids(tag: str) -> list[int]:
@@ -72,9 +73,11 @@ class Guard:
         self._watcher = subprocess.Popen(
             [sys.executable, "-I", "-S", os.path.abspath(__file__), self.tag],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             env={},  # not the owner's: the owner may itself be in a tagged tree, and the watcher must outlive it
             start_new_session=True,
         )
+        self._watcher.wait(30)  # it has gone on as nobody's child
 
     @property
     def environment(self) -> dict[str, str]:
@@ -82,10 +85,9 @@ class Guard:
 
     def release(self, timeout_s: float = 30.0) -> None:
         """Kill what is left of the tree; returns when nothing is."""
-        assert self._watcher.stdin is not None
-        self._watcher.stdin.close()
-        if code := self._watcher.wait(timeout_s):
-            raise RuntimeError(f"the process guard failed with exit code {code}: look for processes with {self.tag}")
+        said, _ = self._watcher.communicate(timeout=timeout_s)
+        if said != _DONE:
+            raise RuntimeError(f"the process guard failed: look for processes with {TAG}={self.tag}")
 
 
 def _watch(tag: str) -> None:
@@ -93,7 +95,12 @@ def _watch(tag: str) -> None:
     while os.read(0, 1):
         pass
     kill_tagged(tag)
+    os.write(1, _DONE)
 
 
 if __name__ == "__main__":
+    # As nobody's child: a Ray worker that loses its cluster kills its own children before it exits, the watcher among
+    # them, and leaves its grandchildren (the engine core of a server) running.
+    if os.fork():
+        os._exit(0)
     _watch(sys.argv[1])
