@@ -37,7 +37,7 @@ class FapoProcess:
                 start_new_session=True,
             )
 
-    def wait(self, timeout_s: float = 280) -> int:
+    def wait(self, timeout_s: float = 600) -> int:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -49,7 +49,7 @@ class FapoProcess:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for_step(self, run_dir: Path, step: int, timeout_s: float = 240) -> None:
+    def wait_for_step(self, run_dir: Path, step: int, timeout_s: float = 600) -> None:
         """Until metrics.jsonl has the line of `step`."""
         deadline = time.monotonic() + timeout_s
         file = run_dir / "metrics.jsonl"
