@@ -10,6 +10,7 @@ Run as a script by path, so that the watcher imports only the standard library a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -95,7 +96,8 @@ def _watch(tag: str) -> None:
     while os.read(0, 1):
         pass
     kill_tagged(tag)
-    os.write(1, _DONE)
+    with contextlib.suppress(BrokenPipeError):  # the owner was killed: nobody is left to be told
+        os.write(1, _DONE)
 
 
 if __name__ == "__main__":
