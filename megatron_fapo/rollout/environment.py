@@ -18,9 +18,6 @@ def vllm_environment(device: str, *, start_timeout_s: float = 600.0) -> dict[str
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENGINE_READY_TIMEOUT_S": str(int(start_timeout_s)),
         "TOKENIZERS_PARALLELISM": "false",
-        # vLLM sets process titles; without this setproctitle overwrites /proc/PID/environ, where the guard finds the
-        # processes that it must not leave behind.
-        "SPT_NOENV": "1",
     }
     if device == "cpu":
         environment |= {

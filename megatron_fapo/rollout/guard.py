@@ -82,7 +82,9 @@ class Guard:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {TAG: self.tag}
+        """What the tree must be started with. Ray's agents and vLLM's processes write titles over the memory in which
+        /proc shows their environment, the tag in it; SPT_NOENV makes setproctitle keep to the arguments."""
+        return {TAG: self.tag, "SPT_NOENV": "1"}
 
     def release(self, timeout_s: float = 30.0) -> None:
         """Kill what is left of the tree; returns when nothing is."""

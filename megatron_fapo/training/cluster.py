@@ -25,7 +25,7 @@ from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.rollout.engine import RolloutEngine
 from megatron_fapo.rollout.environment import vllm_environment
-from megatron_fapo.rollout.guard import TAG, Guard
+from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.weight_sync.protocol import choose_transport, verify_due
 
@@ -70,8 +70,9 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
         if not os.environ.get("RAY_ADDRESS"):  # Ray's own processes outlive a killed driver by minutes
             guard = Guard()
             stack.callback(guard.release)
-            os.environ.update(guard.environment)
-            stack.callback(os.environ.pop, TAG)
+            for name, value in guard.environment.items():
+                os.environ[name] = value
+                stack.callback(os.environ.pop, name)
         _start_ray(device)
         stack.callback(_stop_ray)
         _require_gpus(config, device, policy=policy, rollout=rollout)

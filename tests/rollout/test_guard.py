@@ -67,3 +67,19 @@ def test_only_the_whole_tag_matches():
     assert process.poll() is None
     kill_tagged("abcdef")
     assert process.wait(5) == -signal.SIGKILL
+
+
+def test_a_process_that_renames_itself_is_still_found():
+    """As Ray's agents and vLLM's engine cores do: without SPT_NOENV the title is written over the environment."""
+    guard = Guard()
+    program = """
+import setproctitle, time
+setproctitle.setproctitle("renamed" * 500)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    environment = guard.environment | {"PADDING": "x" * 4000}  # the tag stands first, where a title reaches
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    guard.release()
+    assert process.wait(5) == -signal.SIGKILL
