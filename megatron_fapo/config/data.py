@@ -22,6 +22,9 @@ class DataConfig(Section):
     """Longest tokenised prompt. Longer rows are refused with their line numbers, or left out: see overlong_prompts."""
     overlong_prompts: str = Field("drop", pattern="^(drop|error)$")
     """`drop` leaves out prompts over max_prompt_tokens and reports how many; `error` refuses the dataset."""
+    bad_rows: str = Field("error", pattern="^(error|skip)$")
+    """Malformed rows: `error` refuses the dataset and lists them; `skip` leaves them out, counted and listed in the
+    log."""
     shuffle: bool = True
     """A new permutation of the prompts in each epoch, from `seed`."""
     eval_limit: int | None = Field(None, gt=0)

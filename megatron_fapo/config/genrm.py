@@ -18,6 +18,9 @@ class GenRMConfig(Section):
     """Name of the environment variable with the API key of the external URLs."""
     served_model: str = "genrm"
     """The model name sent to servers; ours serve under it. A URL that does not list it is refused at start."""
+    judge_function: str | None = None
+    """Your judge in place of servers, `package.module:function` or `path/file.py:function`, sync and quick or async.
+    Signature: judge(question, ground_truth, solution) -> int, -1 or the 0-based paragraph of the first error."""
     model_path: str | None = None
     """HF checkpoint of the GenRM; needed when servers > 0."""
     servers: int = Field(1, ge=0)

@@ -7,9 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_fapo.config.root import Config, Purpose
+from megatron_fapo.config.root import Config, Purpose, asks_genrm
 from megatron_fapo.device import choose_device
 from megatron_fapo.errors import UserError
+from megatron_fapo.genrm.user_function import COMPUTE_SCORE, JUDGE_FUNCTION, load_function
 from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18
@@ -29,10 +30,7 @@ def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
             choose_device(config.device)
         except UserError as error:
             problems.append(str(error))
-    hook = config.reward.compute_score
-    if hook is not None and hook.partition(":")[0].endswith(".py") and not Path(hook.partition(":")[0]).is_file():
-        problems.append(f"reward.compute_score: no file {hook.partition(':')[0]}")
-    return problems
+    return problems + (_function_problems(config) if purpose != "warmup" else [])
 
 
 def _data_problems(config: Config, purpose: Purpose) -> list[str]:
@@ -114,10 +112,24 @@ def _tokenizer_problems(root: Path, vocab_size: int) -> list[str]:
     return problems
 
 
+def _function_problems(config: Config) -> list[str]:
+    problems, reward = [], config.reward
+    for path, role, kwargs in (
+        (reward.compute_score, COMPUTE_SCORE, reward.compute_score_kwargs),
+        (config.genrm.judge_function, JUDGE_FUNCTION, None),
+    ):
+        try:
+            if path is not None:
+                load_function(path, role, kwargs)
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
 def _genrm_problems(config: Config, purpose: Purpose) -> list[str]:
     genrm, problems = config.genrm, []
     asked = purpose == "train" or (purpose == "evaluate" and genrm.judge_eval)
-    if not asked or not genrm.enabled or config.reward.compute_score is not None:
+    if not asked or not asks_genrm(config):
         return []
     if genrm.servers > 0 and genrm.model_path is not None:
         problems += _checkpoint_problems("genrm.model_path", Path(genrm.model_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from pydantic import Field
@@ -18,6 +19,11 @@ class OverlongConfig(Section):
 
 
 class RewardConfig(Section):
+    task: str = Field("policy", pattern="^(policy|critic)$")
+    """What is trained: `policy` solves problems and earns the FAPO reward; `critic` is the GenRM itself, which reads
+    FAPO-Critic rows and earns the step-wise reward (paper, equation 7). `fapo genrm train` sets it."""
+    critic_process: bool = True
+    """For the critic: False leaves the localisation term out (the outcome-only ablation)."""
     verifier: str = Field("math_verify", pattern="^(math_verify|recipe_string)$")
     """`math_verify` compares answers as mathematics; `recipe_string` is the recipe's string rule on the last 300
     characters."""
@@ -34,10 +40,22 @@ class RewardConfig(Section):
     rho_shift: float | None = Field(None, gt=0)
     """Learning progress (sound / wrong) at which flawed positives change from rewarded to penalised.
     Sets lambda = 2 / (rho_shift + 1) in place of flawed_penalty (paper, Appendix A)."""
+    rho_shift_schedule: list[tuple[int, float]] = []
+    """A rho_shift that moves: [[step, value], ...], linear in between, constant outside. In place of both above."""
+    shape: str = Field("fapo", pattern="^(fapo|step_ratio)$")
+    """`step_ratio` is the paper's failed ablation: a flawed positive earns the share of its paragraphs before the
+    first error, whatever lambda."""
     overlong: OverlongConfig = OverlongConfig()
     max_unscored_share: float = Field(0.1, ge=0, le=1)
     """A step with a larger share of unscored samples stops the run, with everything saved."""
 
-    @property
-    def effective_flawed_penalty(self) -> float:
-        return self.flawed_penalty if self.rho_shift is None else 2.0 / (self.rho_shift + 1.0)
+    def flawed_penalty_at(self, step: int) -> float:
+        """lambda in training step `step`, counted from 1."""
+        points = sorted(self.rho_shift_schedule)
+        if not points:
+            return self.flawed_penalty if self.rho_shift is None else 2.0 / (self.rho_shift + 1.0)
+        rho = points[0][1] if step <= points[0][0] else points[-1][1]
+        for (begin, low), (end, high) in itertools.pairwise(points):
+            if begin <= step <= end:
+                rho = low + (high - low) * (step - begin) / (end - begin)
+        return 2.0 / (rho + 1.0)

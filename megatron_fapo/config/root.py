@@ -53,9 +53,14 @@ class Rule:
     """The uses that the condition matters to; None: a contradiction in any use, also in a file that is not complete."""
 
 
+def asks_genrm(c: Config) -> bool:
+    """Whether right answers are put to servers; functions of the user's and the critic's task do without."""
+    others = c.reward.compute_score is not None or c.genrm.judge_function is not None or c.reward.task == "critic"
+    return c.genrm.enabled and not others
+
+
 def _genrm_homeless(c: Config) -> bool:
-    served = c.genrm.urls or (c.genrm.servers > 0 and c.genrm.model_path)
-    return c.genrm.enabled and c.reward.compute_score is None and not served
+    return asks_genrm(c) and not c.genrm.urls and not (c.genrm.servers > 0 and c.genrm.model_path)
 
 
 def _evaluation_of_nothing(c: Config) -> bool:
@@ -123,6 +128,42 @@ RULES = (
         ("reward.rho_shift", "reward.flawed_penalty"),
         lambda c: c.reward.rho_shift is not None and c.reward.flawed_penalty != RewardConfig().flawed_penalty,
         "both set lambda; keep one",
+    ),
+    Rule(
+        ("reward.rho_shift_schedule", "reward.rho_shift", "reward.flawed_penalty"),
+        lambda c: (
+            bool(c.reward.rho_shift_schedule)
+            and (c.reward.rho_shift is not None or c.reward.flawed_penalty != RewardConfig().flawed_penalty)
+        ),
+        "each sets lambda; keep one",
+    ),
+    Rule(
+        ("reward.rho_shift_schedule",),
+        lambda c: (
+            any(step < 0 or rho <= 0 for step, rho in c.reward.rho_shift_schedule)
+            or len({step for step, _ in c.reward.rho_shift_schedule}) < len(c.reward.rho_shift_schedule)
+        ),
+        "steps must be distinct and not negative, and rho_shift above 0",
+    ),
+    Rule(
+        ("reward.task", "reward.compute_score"),
+        lambda c: c.reward.task == "critic" and c.reward.compute_score is not None,
+        "the critic's reward is its own; unset compute_score or train a policy",
+    ),
+    Rule(
+        ("training.checkpoint.best_max_tokens", "training.checkpoint.best_metric"),
+        lambda c: c.training.checkpoint.best_max_tokens is not None and c.training.checkpoint.best_metric is None,
+        "a token budget chooses among checkpoints by a metric; set best_metric",
+    ),
+    Rule(
+        ("training.checkpoint.best_metric", "data.eval"),
+        lambda c: (
+            c.training.checkpoint.best_metric is not None
+            and c.training.checkpoint.best_metric.startswith("eval/")
+            and c.training.checkpoint.best_metric.split("/")[1] not in c.data.eval
+        ),
+        "name a metric of an evaluation set of data.eval",
+        ("train",),
     ),
     Rule(
         ("data.question_key", "data.answer_key"),

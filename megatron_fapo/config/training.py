@@ -20,6 +20,10 @@ class CheckpointConfig(Section):
     """0: only at the end and on a stop signal."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+    best_metric: str | None = None
+    """Also keep the checkpoint with the highest value of this metric, such as `eval/fpb/f1`, as checkpoints/best."""
+    best_max_tokens: float | None = Field(None, gt=0)
+    """Token budget of the best checkpoint: mean response tokens of the same evaluation, at most."""
 
 
 class TrainingConfig(Section):

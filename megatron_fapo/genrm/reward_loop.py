@@ -13,13 +13,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, 
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_fapo.algorithm.reward import fapo_reward, overlong_penalty
+from megatron_fapo.algorithm.reward import critic_reward, fapo_reward, overlong_penalty, step_ratio_reward
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.data.records import Sample, Score, ScoredSample
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.counters import Counters
-from megatron_fapo.genrm.verdict import Unscored
+from megatron_fapo.genrm.judge_function import FunctionJudge
+from megatron_fapo.genrm.prompts import split_paragraphs
+from megatron_fapo.genrm.verdict import Unscored, parse_verdict
 from megatron_fapo.genrm.verifier import Verifier
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,11 @@ class RewardLoop:
         self._max_in_flight = max_in_flight
         self._warn_after_s = warn_after_s
         self._verifier = Verifier(reward)
-        asks_genrm = genrm.enabled and reward.compute_score is None
-        self._client = GenRMClient(urls, genrm) if asks_genrm else None
+        self._penalty = reward.flawed_penalty_at(1)
+        self._client: GenRMClient | FunctionJudge | None = None
+        if genrm.enabled and reward.compute_score is None and reward.task == "policy":
+            path = genrm.judge_function
+            self._client = GenRMClient(urls, genrm) if path is None else FunctionJudge(path)
         self._counters = Counters()
         self._pending: dict[str, dict[object, tuple[Sample, float]]] = {}
         self._warner: asyncio.Task[None] | None = None
@@ -64,7 +69,8 @@ class RewardLoop:
         try:
             if self._client is not None:
                 await self._client.check()
-            await self._verifier.start()
+            if self._config.task == "policy":
+                await self._verifier.start()
         except BaseException:
             await self.close()
             raise
@@ -73,9 +79,12 @@ class RewardLoop:
     async def score(self, sample: Sample, *, judge: bool = True) -> Score:
         """The score of one sample. `judge=False` leaves the GenRM out: right answers count as sound.
 
-        With a user's `compute_score`, its score takes the place of rule and GenRM; the overlong term is added to both.
+        With a user's `compute_score`, its score takes the place of rule and GenRM. The critic's critiques are scored by
+        their label alone. The overlong term is added to all.
         """
-        if self._config.compute_score is not None:
+        if self._config.task == "critic":
+            score = self._score_critique(sample)
+        elif self._config.compute_score is not None:
             score = await self._score_by_function(sample)
         else:
             score = await self._score_by_rule(sample, judge)
@@ -124,15 +133,17 @@ class RewardLoop:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    def begin_step(self) -> None:
-        """Starts the metrics anew and forgets the judgements that identical samples share."""
+    def begin_step(self, step: int = 1) -> None:
+        """Starts the metrics anew, forgets the judgements that identical samples share, and sets the step's lambda."""
         self._counters.clear()
+        self._penalty = self._config.flawed_penalty_at(step)
         if self._client is not None:
             self._client.begin_step()
 
     def metrics(self) -> dict[str, float]:
         """`scoring/...` and `genrm/...` since the step began; docs/genrm.md lists them."""
         values = dict.fromkeys(("scoring/scored", "scoring/unscored"), 0.0) | self._counters.metrics("scoring")
+        values["scoring/flawed_penalty"] = self._penalty
         values["scoring/in_flight"] = float(sum(map(len, self._pending.values())))
         values["scoring/workers_replaced"] = float(self._verifier.replaced)
         return values | (self._client.metrics() if self._client is not None else {})
@@ -160,10 +171,23 @@ class RewardLoop:
             if isinstance(outcome, Unscored):
                 return _unscored(outcome, rule.correct, rule.prediction, timings)
             verdict = outcome
-        flawed = verdict is not None and verdict.flawed
-        reward = fapo_reward(rule.correct, flawed, self._config.effective_flawed_penalty)
+        if self._config.shape == "step_ratio":
+            first_wrong = -1 if verdict is None else verdict.index
+            reward = step_ratio_reward(rule.correct, first_wrong, len(split_paragraphs(sample.text)))
+        else:
+            reward = fapo_reward(rule.correct, verdict is not None and verdict.flawed, self._penalty)
         overlong = self._overlong(sample)
         return Score(reward + overlong, rule.correct, rule.prediction, verdict, overlong, extra=timings)
+
+    def _score_critique(self, sample: Sample) -> Score:
+        """Read as a verdict is read when the critic serves: a critique that is cut or ends on no index is a wrong one.
+        A row without a usable label would have been refused with its dataset."""
+        label, total = int(sample.prompt.ground_truth), int(sample.prompt.extra_info["total_steps"])
+        outcome = parse_verdict(sample.text, sample.finish_reason, total)
+        predicted = outcome if isinstance(outcome, int) else None
+        right = predicted is not None and (predicted == -1) == (label == -1)
+        reward, overlong = critic_reward(predicted, label, total, self._config.critic_process), self._overlong(sample)
+        return Score(reward + overlong, right, None if predicted is None else str(predicted), None, overlong)
 
     async def _score_by_function(self, sample: Sample) -> Score:
         timings: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The user's `compute_score`: found by import path, called with keywords only, its answer read strictly."""
+"""The user's functions (`compute_score`, a judge): found by import path, called with keywords only, read strictly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,19 @@ class UserScore(NamedTuple):
     """Every other key, as JSON has it."""
 
 
-def load_function(path: str, kwargs: Mapping[str, Any]) -> Function:
+COMPUTE_SCORE = "reward.compute_score", ("data_source", "solution_str", "ground_truth", "extra_info")
+JUDGE_FUNCTION = "genrm.judge_function", ("question", "ground_truth", "solution")
+
+
+def load_function(path: str, role: tuple[str, Sequence[str]], kwargs: Mapping[str, Any] | None = None) -> Function:
     """The function at `package.module:function` or `path/file.py:function`.
 
-    Raises UserError, with the remedy, when it is missing, not callable, or cannot be called as the recipe's functions
-    are: `compute_score(data_source=, solution_str=, ground_truth=, extra_info=, **kwargs)`.
+    `role` is the configuration field that names it and the keywords it is called with, beside `kwargs`.
+    Raises UserError, with the remedy, when it is missing, not callable, or cannot be called so.
     """
     module_path, _, name = path.rpartition(":")
-    where = f"reward.compute_score = {path!r}"
+    field, keywords = role
+    where = f"{field} = {path!r}"
     if not module_path or not name:
         raise UserError(f"{where} is not of the form package.module:function or path/file.py:function")
     try:
@@ -45,11 +50,11 @@ def load_function(path: str, kwargs: Mapping[str, Any]) -> Function:
     if not callable(function):
         raise UserError(f"{where}: {module_path} has no function {name!r}: name one that it defines")
     try:
-        inspect.signature(function).bind(data_source="", solution_str="", ground_truth="", extra_info={}, **kwargs)
+        inspect.signature(function).bind(**dict.fromkeys(keywords), **(kwargs or {}))
     except TypeError as error:
+        extra = f" and the keys of {field}_kwargs" if kwargs is not None else ""
         raise UserError(
-            f"{where} cannot be called ({error}): it must accept data_source, solution_str, ground_truth, extra_info "
-            "and the keys of reward.compute_score_kwargs as keywords"
+            f"{where} cannot be called ({error}): it must accept {', '.join(keywords)}{extra} as keywords"
         ) from error
     return function
 

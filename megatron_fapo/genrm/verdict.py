@@ -31,6 +31,8 @@ class Reason(StrEnum):
     """The rule or the user's function took longer than `reward.verifier_timeout_s`."""
     VERIFIER_CRASH = "verifier_crash"
     """The worker process died, or the rule itself raised."""
+    JUDGE_FUNCTION_ERROR = "judge_function_error"
+    """The user's judge raised, or returned something that is not an index."""
     COMPUTE_SCORE_ERROR = "compute_score_error"
     """The user's function raised, or returned something that is not a score."""
 

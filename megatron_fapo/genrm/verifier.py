@@ -20,7 +20,14 @@ from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.data.records import Sample
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.rules import RuleResult
-from megatron_fapo.genrm.user_function import UserScore, describe_error, is_async, load_function, read_score
+from megatron_fapo.genrm.user_function import (
+    COMPUTE_SCORE,
+    UserScore,
+    describe_error,
+    is_async,
+    load_function,
+    read_score,
+)
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from megatron_fapo.genrm.verifier_worker import HEADER_BYTES
 
@@ -94,7 +101,7 @@ class Verifier:
         """Raises UserError when `reward.compute_score` cannot be used."""
         self._config = config
         kwargs, path = config.compute_score_kwargs, config.compute_score
-        self._function = None if path is None else load_function(path, kwargs)
+        self._function = None if path is None else load_function(path, COMPUTE_SCORE, kwargs)
         self._in_loop = self._function is not None and is_async(self._function)
         self._setup = {"verifier": config.verifier, "compute_score": path, "kwargs": kwargs}
         self._idle: deque[_Worker | VerifierUnavailable] = deque()

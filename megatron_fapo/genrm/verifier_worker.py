@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from megatron_fapo.genrm.user_function import describe_error, load_function, read_score
+from megatron_fapo.genrm.user_function import COMPUTE_SCORE, describe_error, load_function, read_score
 
 HEADER_BYTES = 8
 RULE_MEMORY_BYTES = 8 << 30
@@ -56,7 +56,7 @@ def _handler(setup: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
         return lambda request: rule(*(request or warm_up))._asdict()
 
     kwargs = setup["kwargs"]
-    function = load_function(setup["compute_score"], kwargs)
+    function = load_function(setup["compute_score"], COMPUTE_SCORE, kwargs)
     return lambda request: read_score(function(**request, **kwargs))._asdict() if request else {}
 
 

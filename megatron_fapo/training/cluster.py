@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fapo.config.root import Config
+from megatron_fapo.config.root import Config, asks_genrm
 from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.client import GenRMClient
@@ -129,7 +129,7 @@ def _kv_caches_are_set(config: Config) -> bool:
 
 async def _check_external_servers(config: Config) -> None:
     """Refuse dead GenRM addresses before any process or GPU is taken."""
-    if config.genrm.enabled and config.genrm.urls and config.reward.compute_score is None:
+    if asks_genrm(config) and config.genrm.urls:
         client = GenRMClient(config.genrm.urls, config.genrm)
         await client.check()
         await client.close()
@@ -169,7 +169,7 @@ def _require_gpus(config: Config, device: str, *, policy: bool, rollout: bool) -
     asked = config.policy.parallel.world_size * config.gpu_share if policy else 0.0
     if rollout:
         asked += config.rollout.replicas * share(config.rollout.tensor_parallel)
-        if config.genrm.enabled and config.reward.compute_score is None:
+        if asks_genrm(config):
             asked += config.genrm.servers * share(config.genrm.tensor_parallel)
     present = ray.cluster_resources().get("GPU", 0.0)
     if asked > present:
@@ -226,7 +226,7 @@ def make_rollout(config: Config, device: str) -> RolloutPool:
 
 async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitStack) -> list[str]:
     """Start our GenRM servers; returns the base URLs of the whole pool."""
-    if not config.genrm.enabled or config.reward.compute_score is not None:
+    if not asks_genrm(config):
         return []
     import ray
 

@@ -102,7 +102,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         run.write(0, evaluated)
 
     for step in range(run.state.step + 1, cfg.steps + 1):
-        cluster.reward.begin_step()
+        cluster.reward.begin_step(step)
         taken = run.cursor.take(cfg.prompts_per_step)
         groups = await stop.race(rollout(config, cluster, run, taken))
         metrics = step_metrics(groups) | cluster.reward.metrics()

@@ -138,7 +138,7 @@ def test_spread_exceeds_grpo_beyond_rho_four_over_lambda_minus_one(group, penalt
 @given(st.integers(1, 8), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4))
 def test_rho_shift_is_where_flawed_positives_turn(wrong, flawed, numerator, denominator):
     rho = Fraction(numerator, denominator)
-    lam = RewardConfig(rho_shift=float(rho)).effective_flawed_penalty
+    lam = RewardConfig(rho_shift=float(rho)).flawed_penalty_at(1)
     at, below, above = (
         group_advantages(rewards_of((sound, flawed, wrong * denominator), lam), True)[sound]
         for sound in (wrong * numerator, wrong * numerator - 1, wrong * numerator + 1)

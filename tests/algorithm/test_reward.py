@@ -26,9 +26,9 @@ def test_reward_table(correct, flawed, penalty, reward):
 
 
 def test_rho_shift_sets_the_penalty_and_a_plain_penalty_stands_without_it():
-    shifted = [RewardConfig(rho_shift=rho).effective_flawed_penalty for rho in (1.0, 2.0, 0.5)]
+    shifted = [RewardConfig(rho_shift=rho).flawed_penalty_at(1) for rho in (1.0, 2.0, 0.5)]
     assert shifted == pytest.approx([1.0, 2 / 3, 4 / 3])
-    assert RewardConfig(flawed_penalty=0.3).effective_flawed_penalty == 0.3
+    assert RewardConfig(flawed_penalty=0.3).flawed_penalty_at(1) == 0.3
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def test_a_complete_run_has_no_problems(good):
         ("policy.parallel.tensor=4", "2 KV heads do not divide"),
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3"),
         ("rollout.max_response_tokens=385", "= 513"),
-        ("reward.compute_score=absent.py:f", "no file absent.py"),
+        ("reward.compute_score=absent.py:f", "No such file"),
+        ("reward.compute_score=json:dupms", "json has no function 'dupms'"),
+        ("genrm.judge_function=json:dumps", "it must accept question, ground_truth, solution as keywords"),
     ],
 )
 def test_one_wrong_thing_is_one_message(good, override, message):
