@@ -59,6 +59,23 @@ def _train(args: argparse.Namespace) -> int:
     return train_command(config, resume=args.resume)
 
 
+def _genrm_train(args: argparse.Namespace) -> int:
+    args.overrides.append("reward.task=critic")
+    return _train(args)
+
+
+def _windtunnel(args: argparse.Namespace) -> int:
+    from megatron_fapo.windtunnel.arms import SEEDS, choose
+    from megatron_fapo.windtunnel.command import windtunnel_command
+
+    try:
+        arms = choose(args.arms, args.quick)
+    except ValueError as error:
+        raise UserError(f"--arms: {error}") from None
+    seeds = args.seeds or (SEEDS[:1] if args.quick else SEEDS)
+    return windtunnel_command(arms, seeds, out=args.out, jobs=args.jobs)
+
+
 def _warmup(args: argparse.Namespace) -> int:
     config = _checked_config(args, "warmup")
     if not args.data.is_file():
@@ -121,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
     train.set_defaults(verb=_train)
 
+    genrm = verbs.add_parser("genrm", help="the GenRM: train it").add_subparsers(metavar="VERB", required=True)
+    genrm_train = _with_config(genrm.add_parser("train", help="train a GenRM on FAPO-Critic rows, step-wise reward"))
+    genrm_train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
+    genrm_train.set_defaults(verb=_genrm_train)
+
     warmup = _with_config(verbs.add_parser("warmup", help="supervised warm-up of a policy or GenRM (cross-entropy)"))
     warmup.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompts and solutions")
     warmup.add_argument("--out", type=Path, required=True, metavar="DIR", help="HF checkpoint to write")
@@ -148,6 +170,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; several are overlaid")
     report.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(verb=_report)
+
+    bench = verbs.add_parser("bench", help="measure the method").add_subparsers(metavar="VERB", required=True)
+    tunnel = bench.add_parser(
+        "windtunnel", help="FAPO and its variants against the baseline, judged by an exact oracle"
+    )
+    tunnel.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="runs, summary.json, report.html")
+    tunnel.add_argument("--quick", action="store_true", help="one seed, baseline and oracle-judged FAPO")
+    tunnel.add_argument("--arms", nargs="+", metavar="ARM", help="only these; see windtunnel/arms.py")
+    tunnel.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 1 2 3, with --quick 1")
+    tunnel.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2 keep two cores busy)")
+    tunnel.set_defaults(verb=_windtunnel)
 
     demo = verbs.add_parser("demo", help="a whole run with tiny models, on this machine")
     demo.add_argument(

@@ -9,8 +9,9 @@ learns critiques that work every paragraph out anew, set it beside what is writt
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_fapo.data.datasets import INSTRUCTION
 from megatron_fapo.data.oracle import facts, first_wrong_step, split_paragraphs
@@ -44,9 +45,12 @@ class Habits:
     """Each computed number is off by one or two; the last remainder is any possible one."""
     jump_slip: float = 0.40
     """The total that a jump lands on is off by one or two."""
+    quotient: float = 0.35
+    """The quotient of the last division is off by one or two. The answer does not depend on it: a flaw that costs
+    nothing, which a reward for answers alone therefore never mends."""
 
 
-STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.35)
+STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.35, quotient=0.2)
 """What the GenRM studies: more slips than the policy makes, because where nearly every written result is right, a GenRM
 learns to copy it in place of working it out."""
 
@@ -72,7 +76,8 @@ def habitual_solution(problem: Problem, rng: random.Random, habits: Habits) -> s
         total = off_at_times(total + problem.totals[-1] - problem.totals[done], habits.jump_slip)
         paragraphs.append(jump_paragraph(problem, total))
     remainder = rng.randrange(problem.box_size) if rng.random() < habits.slip else total % problem.box_size
-    return "\n\n".join([*paragraphs, final_paragraph(problem, total, remainder=remainder)])
+    quotient = off_at_times(total // problem.box_size, habits.quotient)
+    return "\n\n".join([*paragraphs, final_paragraph(problem, total, quotient, remainder)])
 
 
 def write_critique(problem: Problem, solution_text: str) -> str:
@@ -126,6 +131,26 @@ def genrm_sft_examples(
         messages = prompt_builder(problem.question, problem.answer, solution)
         examples.append((messages, write_critique(problem, solution)))
     return examples
+
+
+def critic_rows(n: int, seed: int, prompt_builder: PromptBuilder) -> Iterator[dict[str, Any]]:
+    """n rows in FAPO-Critic's schema: right answers only, half of them sound, the others flawed by habit or by plan."""
+    for index in range(n):
+        problem = make_problem(seed, index)
+        rng = random.Random(f"critic/{seed}/{index}")
+        solution = write_solution(problem, SOUND if index % 2 else FLAWED_POSITIVE, rng).text
+        for _ in range(8 if index % 2 == 0 and rng.random() < 0.5 else 0):
+            habitual = habitual_solution(problem, rng, STUDIED_HABITS)
+            if habitual.endswith(f"{{{problem.answer}}}.") and first_wrong_step(problem, habitual) != -1:
+                solution = habitual
+                break
+        yield {
+            "data_source": "fapo_critic",
+            "prompt": prompt_builder(problem.question, problem.answer, solution),
+            "ability": "math_critic",
+            "reward_model": {"style": "rule", "ground_truth": first_wrong_step(problem, solution)},
+            "extra_info": {"index": index, "split": "train", "total_steps": len(split_paragraphs(solution))},
+        }
 
 
 def _stated(paragraph: str) -> str:

@@ -187,7 +187,8 @@ class RewardLoop:
         predicted = outcome if isinstance(outcome, int) else None
         right = predicted is not None and (predicted == -1) == (label == -1)
         reward, overlong = critic_reward(predicted, label, total, self._config.critic_process), self._overlong(sample)
-        return Score(reward + overlong, right, None if predicted is None else str(predicted), None, overlong)
+        prediction = None if predicted is None else str(predicted)
+        return Score(reward + overlong, right, prediction, None, overlong, extra={"total_steps": total})
 
     async def _score_by_function(self, sample: Sample) -> Score:
         timings: dict[str, Any] = {}

@@ -1,0 +1,184 @@
+"""`fapo bench windtunnel`: the data, the models and the runs of the wind tunnel, then their summary.
+
+A run that is finished is not repeated, one that was stopped goes on from its checkpoint, and one that was made with
+other settings is refused. Runs are `fapo train` in processes of their own, `jobs` at a time: a tiny run alternates
+between its engine and its policy and keeps about one core busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_fapo.config.load import load_config
+from megatron_fapo.config.show import dump_yaml
+from megatron_fapo.data.datasets import write_prompts, write_testbed
+from megatron_fapo.data.demonstrations import critic_rows, genrm_sft_examples
+from megatron_fapo.data.tokenizer import init_tiny_model
+from megatron_fapo.errors import UserError
+from megatron_fapo.genrm.prompts import judge_messages
+from megatron_fapo.observe.files import write_atomically
+from megatron_fapo.observe.metrics import FILE, read_metrics
+from megatron_fapo.observe.samples import read_samples
+from megatron_fapo.training.signals import StopRequest, StopRequestedError
+from megatron_fapo.windtunnel.arms import CRITIC_STEPS, STEPS, Arm
+from megatron_fapo.windtunnel.report import write_report
+from megatron_fapo.windtunnel.summary import read, summarise
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PROMPTS, CRITIC_ROWS, CRITIC_WARMUP_ROWS, CRITIC_WARMUP_STEPS, DATA_SEED = 2000, 2000, 8000, 250, 11
+
+
+def windtunnel_command(arms: Sequence[Arm], seeds: Sequence[int], *, out: Path, jobs: int) -> int:
+    """Run what is missing under `out`, write summary.json and report.html there; returns the exit code.
+
+    Raises:
+        UserError: not in a checkout of the repository, or `out` holds runs made with other settings.
+    """
+    if not (EXAMPLES / "windtunnel.yaml").is_file():
+        raise UserError(f"{EXAMPLES}/windtunnel.yaml not found: the wind tunnel runs from a checkout of the repository")
+    return asyncio.run(_windtunnel(arms, seeds, out.resolve(), jobs))
+
+
+async def _windtunnel(arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: int) -> int:
+    began = time.monotonic()
+    runs = [(arm, seed, out / f"{arm.name}-seed{seed}") for seed in seeds for arm in arms]
+    with StopRequest() as stop:
+        try:
+            await stop.race(_prepare(out, critic=any(arm.kind == "critic" for arm in arms)))
+            _refuse_other_settings(runs, out)
+            failed = await stop.race(_run_all(runs, out, jobs))
+        except StopRequestedError:
+            _say("stopped; the same command goes on")
+            return stop.exit_code
+    if failed:
+        _say("failed: " + ", ".join(f"{run.name} (its log: {run}/console.log)" for run in failed))
+        return 1
+    steps = {run: [int(r["step"]) for r in read_metrics(run) if r["step"] > 0] for _, _, run in runs}
+    readings = [read(arm, seed, {step: read_samples(run, step) for step in steps[run]}) for arm, seed, run in runs]
+    summary = {"seconds": round(time.monotonic() - began), "seeds": list(seeds)} | summarise(readings)
+    write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    text = write_report(summary, readings, out / "report.html")
+    print(text)
+    _say(f"{out}/report.html and summary.json  ({time.monotonic() - began:.0f} s)")
+    return 0
+
+
+def _arguments(arm: Arm, seed: int, run: Path, out: Path) -> tuple[Path, list[str]]:
+    """Configuration file and overrides of a run."""
+    critic = arm.kind == "critic"
+    model = out / "critic-base" if critic else EXAMPLES / "models" / "policy"
+    steps = CRITIC_STEPS if critic else STEPS
+    overrides = [
+        f"run_dir={run}",
+        f"seed={seed}",
+        f"policy.model_path={model}",
+        f"data.train=[{out / 'data' / ('critic.jsonl' if critic else 'train.jsonl')}]",
+        f"training.steps={steps}",
+        *(override.format(models=EXAMPLES / "models") for override in arm.overrides),
+    ]
+    return EXAMPLES / ("windtunnel_critic.yaml" if critic else "windtunnel.yaml"), overrides
+
+
+async def _prepare(out: Path, *, critic: bool) -> None:
+    """Problems, and for the critic's arms their rows and a GenRM that has learned half of its trade."""
+    write_testbed(out / "data", PROMPTS, 64, DATA_SEED)
+    base = out / "critic-base"
+    if not critic:
+        return
+    write_prompts(out / "data" / "critic.jsonl", critic_rows(CRITIC_ROWS, DATA_SEED + 1, _tagged))
+    if (base / "config.json").is_file():
+        return
+    _say(f"warming up a GenRM for {CRITIC_WARMUP_STEPS} updates: good enough to find flaws, not to place them")
+    init_tiny_model(out / "critic-init", DATA_SEED, num_hidden_layers=2)
+    demonstrations = out / "data" / "critic_warmup.jsonl"
+    rows = genrm_sft_examples(CRITIC_WARMUP_ROWS, DATA_SEED + 2, _tagged)
+    write_prompts(demonstrations, ({"messages": messages, "response": response} for messages, response in rows))
+    run = out / "critic-warmup"
+    arguments = ["warmup", "-c", str(EXAMPLES / "tiny_warmup_genrm.yaml"), "--data", str(demonstrations)]
+    steps = f"training.steps={CRITIC_WARMUP_STEPS}", f"policy.optimizer.decay_steps={CRITIC_WARMUP_STEPS}"
+    overrides = [f"policy.model_path={out / 'critic-init'}", f"run_dir={run}", *steps]
+    (run / FILE).unlink(missing_ok=True)  # of a warm-up that was stopped: it has no checkpoints to go on from
+    code = await _fapo([*arguments, "--out", str(base), *overrides], out / "critic-warmup.log")
+    if code != 0:
+        raise UserError(f"the GenRM's warm-up ended with exit code {code}: see {out}/critic-warmup.log")
+
+
+def _tagged(question: str, ground_truth: str, solution: str) -> list[dict[str, str]]:
+    return judge_messages(question, ground_truth, solution, "tagged")
+
+
+def _refuse_other_settings(runs: Sequence[tuple[Arm, int, Path]], out: Path) -> None:
+    """
+    Raises:
+        UserError: a run directory was made with another configuration than its arm has now.
+    """
+    for arm, seed, run in runs:
+        made_with = run / "config.yaml"
+        file, overrides = _arguments(arm, seed, run, out)
+        if made_with.is_file() and made_with.read_text() != dump_yaml(load_config([file], overrides).config):
+            raise UserError(f"{run} was made with other settings: choose another --out, or delete it")
+
+
+async def _run_all(runs: Sequence[tuple[Arm, int, Path]], out: Path, jobs: int) -> list[Path]:
+    """Finish every run; returns those that failed. One failure does not stop the others."""
+    places, failed, done = asyncio.Semaphore(jobs), [], 0
+
+    async def one(arm: Arm, seed: int, run: Path) -> None:
+        nonlocal done
+        async with places:
+            file, overrides = _arguments(arm, seed, run, out)
+            total = CRITIC_STEPS if arm.kind == "critic" else STEPS
+            if _steps_done(run) < total:
+                began = time.monotonic()
+                verb = ["genrm", "train"] if arm.kind == "critic" else ["train"]
+                resume = ["--resume"] * any((run / "checkpoints").glob("step_*[0-9]/state.json"))
+                if not resume:
+                    (run / FILE).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+                code = await _fapo([*verb, "-c", str(file), *resume, *overrides], run / "console.log")
+                if code != 0 or _steps_done(run) < total:
+                    failed.append(run)
+                _say(f"{run.name}: {'failed' if run in failed else 'done'} in {time.monotonic() - began:.0f} s")
+            done += 1
+            _say(f"{done} of {len(runs)} runs")
+
+    async with asyncio.TaskGroup() as group:
+        for each in runs:
+            group.create_task(one(*each))
+    return failed
+
+
+def _steps_done(run: Path) -> int:
+    return int(read_metrics(run)[-1]["step"]) if (run / FILE).is_file() and read_metrics(run) else 0
+
+
+async def _fapo(arguments: Sequence[str], log: Path) -> int:
+    """One `fapo` process with its output in `log`; asked to save and stop when this task is cancelled."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with log.open("ab") as file:
+        # A session of its own: Ctrl-C in the terminal reaches it once, through this process.
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "megatron_fapo.cli", *arguments),
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            return await process.wait()
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                await process.wait()
+
+
+def _say(text: str) -> None:
+    print(f"[windtunnel] {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,210 @@
+"""Readings of all runs -> values with intervals, differences to the baseline, theory, and whether the claims hold.
+
+Intervals are 95 %. Over seeds, where an arm has two or more: Student's t. With one seed: bootstrap over the prompts of
+its last quarter, which sees the noise of sampling and not that of training. Differences are paired by seed.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from megatron_fapo.windtunnel.arms import Arm
+from megatron_fapo.windtunnel.readings import (
+    Flip,
+    Sample,
+    by_prompt,
+    critic_counts,
+    critic_values,
+    flips,
+    judged,
+    policy_counts,
+    policy_values,
+)
+
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
+RESAMPLES = 1000
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One finished run, by the oracle."""
+
+    arm: Arm
+    seed: int
+    steps: list[dict[str, float]]
+    """One record a step, for plots."""
+    final: dict[str, float]
+    """Over the last quarter of the steps."""
+    prompts: list[dict[str, float]]
+    """Counts of each prompt of the last quarter."""
+    flips: list[Flip]
+
+
+def read(arm: Arm, seed: int, samples_by_step: Mapping[int, Sequence[Sample]]) -> Reading:
+    """The reading of a run from all of its recorded samples."""
+    count, values = _readers(arm)
+    if arm.kind == "policy":
+        samples_by_step = {step: judged(samples) for step, samples in samples_by_step.items()}
+    steps = [{"step": float(step)} | values(count(samples)) for step, samples in sorted(samples_by_step.items())]
+    last = sorted(samples_by_step)[-max(len(samples_by_step) // 4, 1) :]
+    final = [sample for step in last for sample in samples_by_step[step]]
+    crossed = []
+    if arm.flawed_penalty is not None:
+        crossed = [flip for step in sorted(samples_by_step) for flip in flips(samples_by_step[step])]
+    prompts = [count(group) for group in by_prompt(final)]
+    return Reading(arm, seed, steps, values(count(final)), prompts, crossed)
+
+
+def summarise(readings: Sequence[Reading]) -> dict[str, Any]:
+    """summary.json: `arms` by name with their values, and `claims`."""
+    arms: dict[str, dict[str, Any]] = {}
+    by_arm: dict[str, list[Reading]] = {}
+    for reading in readings:
+        by_arm.setdefault(reading.arm.name, []).append(reading)
+    for name, runs in by_arm.items():
+        arm = runs[0].arm
+        entry: dict[str, Any] = {"about": arm.about, "seeds": [run.seed for run in runs]}
+        for metric in runs[0].final:
+            value, interval = over_seeds(metric, runs)
+            if value is not None:
+                entry |= {metric: value, f"{metric}_interval": interval}
+        entry["per_seed"] = {str(run.seed): run.final for run in runs}
+        reference = by_arm.get("baseline" if arm.kind == "policy" else "critic_outcome")
+        if reference and reference is not runs:
+            entry["against"] = {"arm": reference[0].arm.name} | {
+                metric: difference
+                for metric in runs[0].final
+                if (difference := paired(metric, runs, reference)) is not None
+            }
+        if arm.flawed_penalty is not None:
+            entry["theory"] = against_theory(arm.flawed_penalty, runs)
+        arms[name] = entry
+    return {"arms": arms, "claims": claims(arms)}
+
+
+def over_seeds(metric: str, runs: Sequence[Reading]) -> tuple[float | None, Interval | None]:
+    """Mean over the seeds and its interval; (None, None) when a run lacks the metric."""
+    values = [run.final.get(metric) for run in runs]
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
+        return None, None
+    return fmean(present), student(present) if len(present) > 1 else bootstrap(metric, runs[0])
+
+
+def student(values: Sequence[float]) -> Interval:
+    """The interval of the mean of two or more independent values."""
+    half = T_95[min(len(values) - 2, len(T_95) - 1)] * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
+
+
+def bootstrap(metric: str, run: Reading) -> Interval:
+    """Percentile interval over resampled prompts; samples of one prompt stay together, since they are alike."""
+    _, values = _readers(run.arm)
+    rng, drawn = random.Random(f"{run.arm.name}/{run.seed}/{metric}"), []
+    for _ in range(RESAMPLES):
+        total: Counter[str] = Counter()
+        for counts in rng.choices(run.prompts, k=len(run.prompts)):
+            total.update(counts)
+        drawn.append(values(dict(total)).get(metric, math.nan))
+    ordered = sorted(value for value in drawn if not math.isnan(value))
+    return ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered))]
+
+
+def paired(metric: str, runs: Sequence[Reading], reference: Sequence[Reading]) -> dict[str, Any] | None:
+    """Difference to the run of the same seed; its interval needs two seeds. None when nothing pairs."""
+    other = {run.seed: run.final for run in reference}
+    gaps = [
+        run.final[metric] - other[run.seed][metric]
+        for run in runs
+        if metric in run.final and metric in other.get(run.seed, {})
+    ]
+    if not gaps:
+        return None
+    return {"difference": fmean(gaps), "interval": student(gaps) if len(gaps) > 1 else None}
+
+
+def against_theory(flawed_penalty: float, runs: Sequence[Reading]) -> dict[str, Any]:
+    """Advantages of flawed positives against the paper's Appendix A: negative exactly where rho > 2/lambda - 1."""
+    shift = 2.0 / flawed_penalty - 1.0
+    seen = [flip for run in runs for flip in run.flips]
+    positive = [flip.rho for flip in seen if flip.advantage > 1e-9]
+    negative = [flip.rho for flip in seen if flip.advantage < -1e-9]
+    agree = sum(_sign(flip.advantage) == _sign(shift - flip.rho) for flip in seen)
+    return {
+        "rho_shift": shift,
+        "groups": len(seen),
+        "groups_that_agree": agree,
+        "largest_rho_with_positive_advantage": max(positive, default=None),
+        "smallest_rho_with_negative_advantage": min(negative, default=None),
+        "steps_before_the_shift": [sum(step["rho"] <= shift for step in run.steps) for run in runs],
+    }
+
+
+def claims(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the paper says, held against these runs; only claims whose arms were run."""
+    found: list[dict[str, Any]] = []
+
+    def claim(text: str, holds: bool, evidence: str) -> None:
+        found.append({"claim": text, "holds": holds, "evidence": evidence})
+
+    base = arms.get("baseline")
+    for name in ("fapo_oracle", "fapo_genrm"):
+        if base is None or name not in arms:
+            continue
+        arm = arms[name]
+        difference = arm["against"]["accuracy"]
+        claim(
+            f"{name}: flawed-positive ratio at most half the baseline's",
+            arm["flawed_ratio"] <= 0.5 * base["flawed_ratio"],
+            f"{_shown(arm, 'flawed_ratio')} against {_shown(base, 'flawed_ratio')}",
+        )
+        claim(
+            f"{name}: accuracy not lower than the baseline's",
+            difference["difference"] >= 0 or bool(difference["interval"] and difference["interval"][1] >= 0),
+            f"{_shown(arm, 'accuracy')} against {_shown(base, 'accuracy')}; difference {difference['difference']:+.3f}"
+            + (" [{:+.3f}, {:+.3f}]".format(*difference["interval"]) if difference["interval"] else ""),
+        )
+    for name, arm in arms.items():
+        theory = arm.get("theory")
+        if theory and theory["groups"]:
+            claim(
+                f"{name}: flawed positives lose from rho = {theory['rho_shift']:.3g} on",
+                theory["groups"] == theory["groups_that_agree"],
+                f"{theory['groups_that_agree']} of {theory['groups']} groups",
+            )
+    if "critic_stepwise" in arms and "critic_outcome" in arms:
+        stepwise, outcome = arms["critic_stepwise"], arms["critic_outcome"]
+        gap = stepwise["against"].get("localisation_error", {"difference": math.nan, "interval": None})
+        claim(
+            "step-wise GenRM training: localisation error below outcome-only's",
+            gap["difference"] < 0,
+            f"{_shown(stepwise, 'localisation_error')} against {_shown(outcome, 'localisation_error')}; difference "
+            f"{gap['difference']:+.3f}" + (" [{:+.3f}, {:+.3f}]".format(*gap["interval"]) if gap["interval"] else ""),
+        )
+    return found
+
+
+def _shown(arm: Mapping[str, Any], metric: str) -> str:
+    if arm.get(metric) is None:
+        return "nothing"
+    low, high = arm[f"{metric}_interval"]
+    return f"{arm[metric]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _sign(value: float) -> int:
+    return 0 if abs(value) < 1e-9 else 1 if value > 0 else -1
+
+
+def _readers(
+    arm: Arm,
+) -> tuple[Callable[[Sequence[Sample]], dict[str, float]], Callable[[dict[str, float]], dict[str, float]]]:
+    return (policy_counts, policy_values) if arm.kind == "policy" else (critic_counts, critic_values)
