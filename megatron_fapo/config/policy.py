@@ -45,6 +45,9 @@ class OptimizerConfig(Section):
 class PolicyConfig(Section):
     model_path: str = ""
     """HF checkpoint directory: config.json, safetensors, tokenizer files."""
+    max_position_embeddings: int | None = Field(None, gt=0)
+    """Positions of the model, in place of config.json's, for policy, engines and exported models. RoPE is not rescaled:
+    what the model makes of positions that it has not seen is up to its training. Unset: config.json's."""
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16)$")

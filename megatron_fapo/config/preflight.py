@@ -57,7 +57,7 @@ def _model_problems(config: Config, purpose: Purpose) -> list[str]:
     if not (root / "config.json").is_file():
         return problems
     try:
-        shape = read_model_shape(root)
+        shape = read_model_shape(root, config.policy.max_position_embeddings)
     except UserError as error:
         return [*problems, str(error)]
     problems += layout_problems(shape, config.policy.parallel) + _tokenizer_problems(root, shape.vocab)
@@ -68,7 +68,7 @@ def _model_problems(config: Config, purpose: Purpose) -> list[str]:
     if total > shape.max_positions:
         problems.append(
             f"data.max_prompt_tokens + rollout.max_response_tokens = {total}, and {root} has"
-            f" {shape.max_positions} positions: lower one of them"
+            f" {shape.max_positions} positions: lower one of them, or set policy.max_position_embeddings"
         )
     return problems + (_disk_problems(config, shape.parameters) if purpose == "train" else [])
 

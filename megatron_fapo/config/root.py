@@ -171,6 +171,12 @@ RULES = (
         "plain rows need both keys; set both or neither",
     ),
     Rule(
+        ("training.evaluation.samples", "data.eval"),
+        lambda c: not c.training.evaluation.samples.keys() <= c.data.eval.keys(),
+        "samples names sets of data.eval only",
+        ("train", "evaluate"),
+    ),
+    Rule(
         ("training.evaluation.every_steps", "data.eval"),
         _evaluation_of_nothing,
         "evaluation needs datasets: set data.eval.NAME to a path, or every_steps to 0",

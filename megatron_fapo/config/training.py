@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from megatron_fapo.config.section import Section
 
@@ -11,6 +11,9 @@ class EvaluationConfig(Section):
     every_steps: int = Field(10, ge=0)
     """0: never. Otherwise also before the first step and after the last."""
     samples_per_prompt: int = Field(1, ge=1)
+    """k of avg@k and pass@k."""
+    samples: dict[str, PositiveInt] = {}
+    """Set of data.eval -> its own samples per prompt. Sets not named here take samples_per_prompt."""
     temperature: float = Field(1.0, ge=0)
     top_p: float = Field(0.7, gt=0, le=1)
 

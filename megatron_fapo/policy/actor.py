@@ -5,6 +5,7 @@ The driver's side is `policy/group.py`. Methods that say so are collective: the 
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import socket
@@ -119,12 +120,19 @@ class PolicyActor:
         return self.worker
 
 
-def copy_model_files(source: Path, target: Path) -> None:
-    """Copy what describes an HF model (config, tokenizer, chat template), leaving weights out."""
+def copy_model_files(source: Path, target: Path, max_positions: int | None = None) -> None:
+    """Copy what describes an HF model (config, tokenizer, chat template), leaving weights out.
+
+    `max_positions` replaces max_position_embeddings in the copy: whoever loads the export needs no override.
+    """
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.is_file() and not any(file.match(pattern) for pattern in WEIGHT_PATTERNS):
             shutil.copyfile(file, target / file.name)
+    if max_positions is not None:
+        path = target / "config.json"
+        changed = json.loads(path.read_text()) | {"max_position_embeddings": max_positions}
+        path.write_text(json.dumps(changed, indent=2) + "\n")
 
 
 def _gpu_uuid(device: str) -> str:

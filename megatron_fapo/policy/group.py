@@ -99,7 +99,7 @@ class PolicyGroup:
     async def save(self, directory: Path) -> None:
         """Write weights, optimizer, schedule and random state; and what describes the model, beside them."""
         await self._gather([actor.save.remote(str(directory)) for actor in self._actors])
-        copy_model_files(Path(self._config.policy.model_path), directory / "hf")
+        self._copy_model_files(directory / "hf")
 
     async def load(self, directory: Path) -> None:
         """Restore what `save` wrote, whatever layout saved it."""
@@ -107,10 +107,14 @@ class PolicyGroup:
 
     async def export(self, directory: Path) -> None:
         """Write an HF checkpoint that vLLM and transformers load."""
-        copy_model_files(Path(self._config.policy.model_path), directory)
+        self._copy_model_files(directory)
         replica = [a for a, facts in zip(self._actors, self._facts, strict=True) if facts["data_rank"] == 0]
         names = await self._gather([actor.export.remote(str(directory)) for actor in replica])
         write_index(directory, [n for n in names if n])
+
+    def _copy_model_files(self, directory: Path) -> None:
+        cfg = self._config.policy
+        copy_model_files(Path(cfg.model_path), directory, cfg.max_position_embeddings)
 
     async def open_refit(self, transport: str, verify: bool) -> list[Callable[[], Awaitable[Any]]]:
         """Make the first data-parallel replica send its weights; one source of buckets per rank."""

@@ -57,8 +57,8 @@ class ModelShape:
         return self.layers * layer + self.hidden * (1 + self.vocab * (1 if self.tied else 2))
 
 
-def read_model_shape(model_path: str | Path) -> ModelShape:
-    """Read `<model_path>/config.json`.
+def read_model_shape(model_path: str | Path, max_positions: int | None = None) -> ModelShape:
+    """Read `<model_path>/config.json`; `max_positions` replaces its max_position_embeddings.
 
     Raises:
         UserError: the file is missing, or the architecture or a feature of it is not supported.
@@ -109,7 +109,7 @@ def read_model_shape(model_path: str | Path) -> ModelShape:
         kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         vocab=raw["vocab_size"],
-        max_positions=raw["max_position_embeddings"],
+        max_positions=max_positions or raw["max_position_embeddings"],
         rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
         rope_scaling=scaling if kind != "default" else None,
         norm_eps=raw["rms_norm_eps"],

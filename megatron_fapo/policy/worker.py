@@ -86,7 +86,7 @@ class PolicyWorker:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         self.state = parallel_state
         self._open_communicators()
-        self.shape = read_model_shape(cfg.model_path)
+        self.shape = read_model_shape(cfg.model_path, cfg.max_position_embeddings)
         self._build(getattr(torch, dtype))
 
     def _open_communicators(self) -> None:

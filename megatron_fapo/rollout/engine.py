@@ -45,6 +45,7 @@ class RolloutEngine:
         device: str,
         dtype: str,
         max_model_len: int,
+        max_positions: int | None = None,
         seed: int = 0,
         log_path: str | None = None,
     ) -> None:
@@ -54,11 +55,13 @@ class RolloutEngine:
             device: `cpu` or `gpu`.
             dtype: `float32` or `bfloat16`.
             max_model_len: longest prompt plus longest response, in tokens.
+            max_positions: replaces the checkpoint's max_position_embeddings, from which vLLM sizes its RoPE table.
             seed: the run's; seeds samples together with their identity.
             log_path: where this process and vLLM's write their output; None leaves it where it goes.
         """
         self.model_path, self.config, self.device, self.dtype = model_path, config, device, dtype
         self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
+        self.max_positions = max_positions
         self._version = EngineVersion(-1, EngineState.STALE)
         self._checkpoint = self._coverage = Coverage({})
         self._admission = asyncio.Lock()
@@ -84,6 +87,8 @@ class RolloutEngine:
             "worker_extension_cls": RECEIVER,
             "disable_log_stats": True,
         }
+        if self.max_positions is not None:
+            args["hf_overrides"] = {"max_position_embeddings": self.max_positions}
         if self.device == "cpu":
             args["kv_cache_memory_bytes"] = int(self.config.cpu_kv_cache_gb * 2**30)
             # With chunks, vLLM rewinds the seeded generator of a half-read prompt by an offset that CPU generators do

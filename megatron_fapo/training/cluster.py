@@ -216,6 +216,7 @@ def make_rollout(config: Config, device: str) -> RolloutPool:
             device=device,
             dtype=choose_dtype(config.policy.dtype, device),
             max_model_len=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            max_positions=config.policy.max_position_embeddings,
             seed=config.seed,
             log_path=path,
         )

@@ -51,7 +51,7 @@ async def evaluate(config: Config, cluster: Cluster, sets: EvaluationSets) -> di
         stream = cluster.rollout.generate(
             prompts,
             [0] * len(prompts),
-            n=cfg.samples_per_prompt,
+            n=cfg.samples.get(name, cfg.samples_per_prompt),
             sampling=sampling,
             max_tokens=config.rollout.max_response_tokens,
         )
