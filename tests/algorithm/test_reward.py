@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_fapo.algorithm.reward import fapo_reward, overlong_penalty
+from megatron_fapo.algorithm.reward import critic_reward, fapo_reward, overlong_penalty, step_ratio_reward
 from megatron_fapo.config.reward import OverlongConfig, RewardConfig
 
 
@@ -62,3 +62,33 @@ def test_overlong_off_and_impossible_lengths():
     assert overlong_penalty(8192, 8192, OverlongConfig(enabled=False)) == 0.0
     with pytest.raises(ValueError, match=r"8193 tokens .*rollout\.max_response_tokens"):
         overlong_penalty(8193, 8192, OverlongConfig())
+
+
+@pytest.mark.parametrize(
+    ("predicted", "label", "reward"),
+    [(-1, -1, 1), (3, -1, -1), (-1, 3, -1), (3, 3, 1), (5, 3, 5 / 7), (0, 6, 1 / 7), (None, 3, -1), (None, -1, -1)],
+)
+def test_critic_vectors(predicted, label, reward):
+    assert critic_reward(predicted, label, 7) == pytest.approx(reward)
+    assert critic_reward(predicted, label, 7, process=False) == (1 if reward > 0 else -1)
+
+
+@given(total=st.integers(1, 40), data=st.data())
+def test_critic_found_flaws_earn_more_the_nearer_they_are_placed(total, data):
+    label = data.draw(st.integers(0, total - 1))
+    nearer, further = sorted((data.draw(st.integers(0, total - 1)) for _ in range(2)), key=lambda i: abs(i - label))
+    assert 1 / total <= critic_reward(further, label, total) + 1e-12
+    assert critic_reward(further, label, total) <= critic_reward(nearer, label, total) <= 1
+    assert critic_reward(-1, label, total) == critic_reward(label, -1, total) == -1
+
+
+def test_step_ratio_pays_for_paragraphs_before_the_error():
+    assert [step_ratio_reward(True, i, 4) for i in (-1, 0, 1, 3)] == [1.0, 0.0, 0.25, 0.75]
+    assert step_ratio_reward(False, -1, 4) == -1.0
+
+
+def test_rho_shift_schedule_is_piecewise_linear():
+    reward = RewardConfig(rho_shift_schedule=[(30, 0.5), (10, 3.0)])
+    assert [reward.flawed_penalty_at(step) for step in (1, 10, 20, 30, 99)] == pytest.approx(
+        [2 / (rho + 1) for rho in (3.0, 3.0, 1.75, 0.5, 0.5)]
+    )

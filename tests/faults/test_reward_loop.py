@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import random
 import time
@@ -283,3 +284,59 @@ def test_a_pool_that_cannot_be_used_stops_the_start_and_leaves_no_worker() -> No
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
+
+
+def test_a_function_judges_in_place_of_servers_and_its_failures_are_unscored(tmp_path: Path) -> None:
+    source = (
+        "def judge(question, ground_truth, solution):\n    return {'0': 0, '-': -1, 'x': 'no index'}[solution[0]]\n"
+    )
+    (tmp_path / "judges.py").write_text(source)
+    genrm = GENRM.model_copy(update={"judge_function": f"{tmp_path}/judges.py:judge"})
+
+    async def test(loop: RewardLoop, _: list[FakeServer]) -> None:
+        flawed, sound, bad, unknown = [await loop.score(make_sample(f"{c} {RIGHT}")) for c in "0-xy"]
+        assert (flawed.reward, flawed.flawed, sound.reward, sound.flawed) == (0.0, True, 1.0, False)
+        assert [score.reward for score in (bad, unknown)] == [None, None]
+        assert {score.unscored_reason for score in (bad, unknown)} == {"judge_function_error"}
+        assert "KeyError: 'y'" in unknown.extra["unscored_detail"]
+
+    run([], test, genrm=genrm)
+
+
+def test_step_ratio_and_a_moving_penalty() -> None:
+    async def ratio(loop: RewardLoop, _: list[FakeServer]) -> None:
+        assert (await loop.score(make_sample(RIGHT))).reward == 0.5  # the first error is in the second of two
+
+    run([judge_says(1)], ratio, REWARD.model_copy(update={"shape": "step_ratio"}))
+
+    async def moving(loop: RewardLoop, _: list[FakeServer]) -> None:
+        rewards = []
+        for step in (1, 2, 3):
+            loop.begin_step(step)
+            rewards.append((await loop.score(make_sample(RIGHT))).reward)
+        assert rewards == [0.5, pytest.approx(1 - 2 / 2.75), 1 - 2 / 1.5]
+
+    run([judge_says(1)], moving, REWARD.model_copy(update={"rho_shift_schedule": [(1, 3.0), (3, 0.5)]}))
+
+
+def test_critiques_are_scored_by_their_label_alone() -> None:
+    reward = REWARD.model_copy(update={"task": "critic"})
+
+    async def test(loop: RewardLoop, servers: list[FakeServer]) -> None:
+        def critique(text: str, label: str, **changes: object) -> Sample:
+            sample = make_sample(text, label)
+            prompt = dataclasses.replace(sample.prompt, extra_info={"total_steps": 4})
+            return dataclasses.replace(sample, prompt=prompt, **changes)
+
+        near = await loop.score(critique("so \\boxed{2}", "3"))
+        assert (near.reward, near.correct, near.prediction) == (0.75, True, "2")
+        sound = await loop.score(critique("fine \\boxed{-1}", "-1"))
+        assert (sound.reward, sound.correct) == (1.0, True)
+        out_of_range = await loop.score(critique("\\boxed{4}", "3"))
+        assert (out_of_range.reward, out_of_range.correct, out_of_range.prediction) == (-1.0, False, None)
+        cut = await loop.score(critique("\\boxed{3}", "3", finish_reason="length"))
+        assert (cut.reward, cut.prediction) == (-1.0, None), "a cut critique is no verdict when it serves either"
+        assert servers[0].bodies == []
+        assert loop._verifier._workers == set(), "the critic needs no verifier"
+
+    run([judge_says(0)], test, reward)
