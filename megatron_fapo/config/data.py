@@ -25,6 +25,10 @@ class DataConfig(Section):
     bad_rows: str = Field("error", pattern="^(error|skip)$")
     """Malformed rows: `error` refuses the dataset and lists them; `skip` leaves them out, counted and listed in the
     log."""
+    merge_repeats: bool = False
+    """Leave out rows that are an earlier row over again (data_source, index, prompt and ground truth). For the recipe's
+    repeated files: read each question once, and repeat it with rollout.samples_per_prompt or
+    training.evaluation.samples_per_prompt."""
     shuffle: bool = True
     """A new permutation of the prompts in each epoch, from `seed`."""
     eval_limit: int | None = Field(None, gt=0)

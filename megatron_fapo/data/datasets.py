@@ -1,35 +1,32 @@
 """Prompt datasets: JSONL and parquet rows in, tokenised Prompt records out, and the other way round.
 
-Two row forms are read. The recipe's schema (one row per prompt):
+A policy's rows have two forms. The recipe's schema (one row per prompt):
 
     {data_source, prompt: [{role, content}], ability, reward_model: {style, ground_truth},
      extra_info: {split, index, question}}
 
-and plain rows such as GSM8K's, when `question_key` and `answer_key` name their columns. Every malformed row of every
-file is reported in one DatasetError, with file and line, before anything else starts.
+and plain rows such as GSM8K's, when `question_key` and `answer_key` name their columns. The critic's rows are in
+data/critic.py. Every malformed row of every file is reported, with file and line, before anything else starts.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_fapo.config.data import DataConfig
+from megatron_fapo.data.critic import parse_critic_row
 from megatron_fapo.data.records import Prompt
+from megatron_fapo.data.rows import DatasetError, Row, capped, listing, parse_policy_row
 from megatron_fapo.data.testbed import Problem, make_problem
-from megatron_fapo.errors import UserError
 
 SUFFIXES = (".jsonl", ".parquet")
-LISTED_VIOLATIONS = 20
 INSTRUCTION = DataConfig().instruction
-
-
-class DatasetError(UserError):
-    """A dataset cannot be used; the message lists what is wrong, where, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -37,78 +34,125 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     dropped_overlong: int
     """Rows left out because their prompt has more than max_prompt_tokens tokens."""
+    skipped_bad: tuple[str, ...] = ()
+    """What is wrong with each row left out under `data.bad_rows: skip`, with file and line."""
+    merged_repeats: int = 0
+    """Rows left out under `data.merge_repeats`."""
 
-
-@dataclass(frozen=True)
-class _Row:
-    data_source: str
-    index: int
-    messages: tuple[dict[str, str], ...]
-    ground_truth: str
-    question: str
-    extra_info: dict[str, Any]
+    def left_out(self) -> list[str]:
+        """For the log: what the files have and `prompts` has not. Empty when all rows are there."""
+        notes = []
+        if self.dropped_overlong:
+            notes.append(f"{self.dropped_overlong} prompts over data.max_prompt_tokens were left out")
+        if self.merged_repeats:
+            notes.append(f"{self.merged_repeats} rows that repeat an earlier one were left out")
+        if self.skipped_bad:
+            head = f"{len(self.skipped_bad)} malformed rows were left out:"
+            notes.append("\n  ".join([head, *capped(self.skipped_bad)]))
+        return notes
 
 
 def load_prompts(
-    paths: Sequence[str | Path], tokenizer: Any, data: DataConfig, *, split: str = "train", limit: int | None = None
+    paths: Sequence[str | Path],
+    tokenizer: Any,
+    data: DataConfig,
+    *,
+    task: str = "policy",
+    split: str = "train",
+    limit: int | None = None,
 ) -> PromptSet:
-    """Read `paths` in order as one dataset, tokenised with the chat template of `tokenizer` (the policy's).
+    """Read `paths` in order as one dataset, tokenised with the chat template of `tokenizer` (that of what is trained).
 
-    `split` is written into extra_info of plain rows; `limit` uses only the first so many rows of the whole. A row that
-    repeats an earlier (data_source, index), as in the recipe's repeated files, gets `#1`, `#2`, ... after its
-    prompt_id, so that ids stay unique. Raises DatasetError: missing file, unknown suffix, malformed rows, prompts over
-    `data.max_prompt_tokens` when `data.overlong_prompts` is `error`, or no prompt left.
+    `task` is reward.task; `split` is written into extra_info of plain rows; `limit` uses only the first so many rows
+    of the whole. A policy's row that repeats an earlier (data_source, index), as in the recipe's repeated files, gets
+    `#1`, `#2`, ... after its prompt_id, so that ids stay unique; a critic's is malformed. Raises DatasetError: missing
+    file, unknown suffix, malformed rows unless `data.bad_rows` is `skip`, prompts over `data.max_prompt_tokens` when
+    `data.overlong_prompts` is `error`, or no prompt left.
     """
     if (data.question_key is None) != (data.answer_key is None):
         raise DatasetError("data.question_key and data.answer_key go together: set both, or neither")
-    prompts: list[Prompt] = []
-    violations: list[str] = []
-    dropped = rows_seen = 0
-    repetitions: dict[str, int] = {}
-    token_cache: dict[tuple[str, ...], tuple[int, ...]] = {}
+    if task == "critic" and data.question_key is not None:
+        raise DatasetError("data.question_key is for a policy's plain rows; unset it and answer_key for the critic")
     files = [Path(path) for path in paths]
-    unusable = [problem for path in files if (problem := _unusable(path)) is not None]
-    if unusable:
-        raise DatasetError(_listing(unusable))
-    for path in files:
-        for where, raw in _read_rows(path):
-            if limit is not None and rows_seen == limit:
-                break
-            try:
-                row = _parse_row(raw, data, path.stem, split, rows_seen)
-                rows_seen += 1
-                # Repeated rows are the rule (the recipe repeats its files 20 times): template and tokenise each once.
-                cache_key = tuple(part for message in row.messages for part in message.values())
-                if cache_key not in token_cache:
-                    token_cache[cache_key] = _tokenise(tokenizer, row.messages)
-                token_ids = token_cache[cache_key]
-                if len(token_ids) > data.max_prompt_tokens and data.overlong_prompts == "error":
-                    raise DatasetError(f"the prompt has {len(token_ids)} tokens, over {data.max_prompt_tokens}")
-            except DatasetError as problem:
-                violations.append(f"{where}: {problem}")
+    if unusable := [problem for path in files if (problem := _unusable(path)) is not None]:
+        raise DatasetError(listing(unusable))
+    prompts: list[Prompt] = []
+    refused: list[str] = []
+    skipped: list[str] = []
+    dropped = 0
+    repeats = _Repeats(task, data.merge_repeats)
+    token_cache: dict[tuple[str, ...], tuple[int, ...]] = {}
+    rows = ((path.stem, *row) for path in files for row in read_rows(path))
+    for number, (stem, where, raw) in enumerate(itertools.islice(rows, limit)):
+        try:
+            if task == "critic":
+                row = parse_critic_row(raw, number)
+            else:
+                row = parse_policy_row(raw, data, stem, split, number)
+            if repeats.merges(row, where):
                 continue
-            if len(token_ids) > data.max_prompt_tokens:
-                dropped += 1
-                continue
-            prompt_id = f"{row.data_source}/{row.index}"
-            repetition = repetitions[prompt_id] = repetitions.get(prompt_id, -1) + 1
-            prompts.append(
-                Prompt(
-                    prompt_id if repetition == 0 else f"{prompt_id}#{repetition}",
-                    row.data_source,
-                    row.messages,
-                    row.ground_truth,
-                    row.question,
-                    token_ids,
-                    row.extra_info,
-                )
-            )
-    if violations:
-        raise DatasetError(_listing(violations))
+        except DatasetError as problem:
+            (skipped if data.bad_rows == "skip" else refused).append(f"{where}: {problem}")
+            continue
+        # Repeated rows are the rule (the recipe repeats its files 20 times): template and tokenise each once.
+        if row.text not in token_cache:
+            token_cache[row.text] = _tokenise(tokenizer, row.messages)
+        token_ids = token_cache[row.text]
+        if len(token_ids) > data.max_prompt_tokens:
+            dropped += 1
+            if data.overlong_prompts == "error":
+                refused.append(f"{where}: the prompt has {len(token_ids)} tokens, over {data.max_prompt_tokens}")
+            continue
+        prompt_id = repeats.unique_id(row)
+        prompts.append(
+            Prompt(prompt_id, row.data_source, row.messages, row.ground_truth, row.question, token_ids, row.extra_info)
+        )
+    if refused:
+        raise DatasetError(listing(refused))
+    loaded = PromptSet(tuple(prompts), dropped, tuple(skipped), repeats.merged)
     if not prompts:
-        reason = f"all {dropped} are over data.max_prompt_tokens={data.max_prompt_tokens}" if dropped else "no rows"
-        raise DatasetError(f"no prompts in {', '.join(map(str, paths))}: {reason}")
-    return PromptSet(tuple(prompts), dropped)
+        reasons = "; ".join(loaded.left_out()) or "no rows"
+        where = f"{', '.join(map(str, paths))} (data.max_prompt_tokens={data.max_prompt_tokens})"
+        raise DatasetError(f"no prompts in {where}: {reasons}")
+    return loaded
+
+
+class _Repeats:
+    """Which rows have been read before, and where."""
+
+    def __init__(self, task: str, merge: bool) -> None:
+        self._critic, self._merge = task == "critic", merge
+        self._first: dict[tuple[Any, ...], str] = {}
+        self._ids: Counter[str] = Counter()
+        self.merged = 0
+
+    def merges(self, row: Row, where: str) -> bool:
+        """Whether `row` is an earlier one over again that is to be left out.
+
+        Raises DatasetError for a critic's row that repeats the prompt or the index of an earlier one: it would count
+        twice, or with two labels.
+        """
+        index = row.extra_info.get("index")
+        whole = (row.data_source, index, row.text, row.ground_truth)
+        if self._merge and whole in self._first:
+            self.merged += 1
+            return True
+        if self._critic:
+            keys: dict[str, tuple[Any, ...]] = {"prompt": (row.data_source, row.text)}
+            if index is not None:
+                keys["extra_info.index"] = (row.data_source, index)
+            for name, key in keys.items():
+                if key in self._first:
+                    raise DatasetError(f"the same data_source and {name} as {self._first[key]}")
+            self._first |= dict.fromkeys(keys.values(), where)
+        self._first[whole] = where
+        return False
+
+    def unique_id(self, row: Row) -> str:
+        prompt_id = f"{row.data_source}/{row.index}"
+        self._ids[prompt_id] += 1
+        repetition = self._ids[prompt_id] - 1
+        return f"{prompt_id}#{repetition}" if repetition else prompt_id
 
 
 def write_prompts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -127,11 +171,13 @@ def write_prompts(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def prompt_row(data_source: str, question: str, ground_truth: str, split: str, index: int) -> dict[str, Any]:
+def prompt_row(
+    data_source: str, question: str, ground_truth: str, split: str, index: int, *, instruction: str = INSTRUCTION
+) -> dict[str, Any]:
     """One row in the recipe's schema, with the recipe's answer-format instruction after the question."""
     return {
         "data_source": data_source,
-        "prompt": [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}"}],
+        "prompt": [{"role": "user", "content": f"{question}\n\n{instruction}"}],
         "ability": "Math",
         "reward_model": {"style": "rule", "ground_truth": ground_truth},
         "extra_info": {"split": split, "index": index, "question": question},
@@ -170,7 +216,7 @@ def _unusable(path: Path) -> str | None:
     return None
 
 
-def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, row) with 1-based line numbers; a line that is no JSON comes as the DatasetError that says so."""
     if path.suffix == ".parquet":
         import pyarrow.parquet
@@ -195,75 +241,5 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}:{number}", row
 
 
-def _parse_row(raw: Any, data: DataConfig, stem: str, split: str, number: int) -> _Row:
-    if isinstance(raw, DatasetError):
-        raise raw
-    if not isinstance(raw, dict):
-        raise DatasetError(f"the row must be an object, not {type(raw).__name__}")
-    if data.question_key is not None and data.answer_key is not None:
-        question, answer = (_text(raw, key) for key in (data.question_key, data.answer_key))
-        messages = ({"role": "user", "content": f"{question}\n\n{data.instruction}"},)
-        extra_info: dict[str, Any] = {"split": split, "index": number, "question": question}
-        return _Row(stem, number, messages, _final_answer(answer), question, extra_info)
-    extra_info = _object(raw, "extra_info")
-    index = extra_info.get("index")
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise DatasetError(f"extra_info.index must be an integer, got {index!r}")
-    return _Row(
-        _text(raw, "data_source"),
-        index,
-        _messages(raw.get("prompt")),
-        _ground_truth(_object(raw, "reward_model").get("ground_truth")),
-        _text(extra_info, "question", "extra_info."),
-        extra_info,
-    )
-
-
-def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
-    value = raw.get(key)
-    if not isinstance(value, dict):
-        hint = "" if key in raw else f" (columns: {', '.join(raw)}; plain rows need data.question_key and answer_key)"
-        raise DatasetError(f"{key} must be an object, got {value!r}{hint}")
-    return value
-
-
-def _text(raw: dict[str, Any], key: str, prefix: str = "") -> str:
-    value = raw.get(key)
-    if not isinstance(value, str) or not value.strip():
-        hint = "" if key in raw else f" (columns here: {', '.join(raw)})"
-        raise DatasetError(f"{prefix}{key} must be non-empty text, got {value!r}{hint}")
-    return value
-
-
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DatasetError(f"prompt must be a non-empty list of {{role, content}} messages, got {value!r}")
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DatasetError(f"each prompt message needs role and content as text, got {message!r}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
-
-
-def _ground_truth(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise DatasetError(f"reward_model.ground_truth must be a number or non-empty text, got {value!r}")
-    return str(value)
-
-
-def _final_answer(answer: str) -> str:
-    """GSM8K's convention: what follows the last `####`, thousands separators removed; without one, all of it."""
-    final = answer.rpartition("####")[2].strip()
-    if not final:
-        raise DatasetError(f"nothing follows #### in the answer {answer[-60:]!r}")
-    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", final)
-
-
 def _tokenise(tokenizer: Any, messages: tuple[dict[str, str], ...]) -> tuple[int, ...]:
     return tuple(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False))
-
-
-def _listing(violations: list[str]) -> str:
-    head = f"{len(violations)} problem{'s' if len(violations) > 1 else ''} in the datasets; correct or remove each:"
-    more = len(violations) - LISTED_VIOLATIONS
-    tail = [f"... and {more} more"] if more > 0 else []
-    return "\n  ".join([head, *violations[:LISTED_VIOLATIONS], *tail])

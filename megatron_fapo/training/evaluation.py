@@ -33,9 +33,10 @@ def load_evaluation_sets(config: Config, tokenizer: Any) -> EvaluationSets:
     """The sets of data.eval by name."""
     sets = {}
     for name, path in config.data.eval.items():
-        loaded = load_prompts([path], tokenizer, config.data, split="test", limit=config.data.eval_limit)
-        if loaded.dropped_overlong:
-            log.warning("%s: %d prompts over data.max_prompt_tokens were left out", name, loaded.dropped_overlong)
+        task, limit = config.reward.task, config.data.eval_limit
+        loaded = load_prompts([path], tokenizer, config.data, task=task, split="test", limit=limit)
+        for note in loaded.left_out():
+            log.warning("data.eval.%s: %s", name, note)
         sets[name] = loaded.prompts
     return sets
 

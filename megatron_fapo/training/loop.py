@@ -222,9 +222,9 @@ async def _train(config: Config, resume: bool) -> int:
     run_dir = Path(config.run_dir)
     setup_logging(run_dir, "driver", terminal=True)
     tokenizer = AutoTokenizer.from_pretrained(config.policy.model_path)
-    prompts = load_prompts(config.data.train, tokenizer, config.data)
-    if prompts.dropped_overlong:
-        log.warning("%d prompts over data.max_prompt_tokens were left out", prompts.dropped_overlong)
+    prompts = load_prompts(config.data.train, tokenizer, config.data, task=config.reward.task)
+    for note in prompts.left_out():
+        log.warning("data.train: %s", note)
     sets = load_evaluation_sets(config, tokenizer)
     cursor = DataCursor(prompts.prompts, config.seed, config.data.shuffle)
     checkpoint, state = None, RunState(0, 0, cursor.state_dict())

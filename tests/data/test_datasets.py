@@ -99,6 +99,33 @@ def test_every_malformed_row_is_named_at_once(tmp_path, tokenizer):
     assert f"{other}:1: " in listed[-1]
 
 
+def test_bad_rows_can_be_left_out_by_choice(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("null\n" * 30)
+    with pytest.raises(DatasetError, match=r"no prompts in .*: 30 malformed rows were left out:(?s:.*)and 10 more"):
+        load_prompts([path], tokenizer, DataConfig(bad_rows="skip"))
+    write_prompts(path, [row(0), {**row(1), "data_source": ""}, row(2), row(3, "figs?" * 100)])
+    loaded = load_prompts([path], tokenizer, DataConfig(bad_rows="skip", max_prompt_tokens=60))
+    assert [prompt.prompt_id for prompt in loaded.prompts] == ["toy/0", "toy/2"]
+    assert (len(loaded.skipped_bad), loaded.dropped_overlong) == (1, 1)
+    overlong, malformed = loaded.left_out()
+    assert overlong == "1 prompts over data.max_prompt_tokens were left out"
+    assert malformed.startswith(f"1 malformed rows were left out:\n  {path}:2: data_source must be non-empty text")
+    # A prompt that is too long is not malformed: leaving it out is a choice of its own.
+    with pytest.raises(DatasetError, match="1 problem in"):
+        load_prompts([path], tokenizer, DataConfig(bad_rows="skip", overlong_prompts="error", max_prompt_tokens=60))
+
+
+def test_repeated_rows_can_be_merged(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    write_prompts(path, [row(0), row(1), row(1, "Another question?"), row(1, answer="8")] * 3)
+    loaded = load_prompts([path], tokenizer, DataConfig(merge_repeats=True))
+    # The same index with another question or answer is no repetition.
+    assert [prompt.prompt_id for prompt in loaded.prompts] == ["toy/0", "toy/1", "toy/1#1", "toy/1#2"]
+    assert loaded.merged_repeats == 8
+    assert loaded.left_out() == ["8 rows that repeat an earlier one were left out"]
+
+
 def test_long_listings_are_capped_with_a_count(tmp_path, tokenizer):
     path = tmp_path / "bad.jsonl"
     path.write_text("null\n" * 50)
@@ -138,7 +165,7 @@ def test_overlong_prompts(tmp_path, tokenizer):
     assert ([prompt.prompt_id for prompt in dropped.prompts], dropped.dropped_overlong) == (["toy/0", "toy/2"], 1)
     with pytest.raises(DatasetError, match=r"rows\.jsonl:2: the prompt has \d+ tokens, over 60"):
         load_prompts([path], tokenizer, DataConfig(max_prompt_tokens=60, overlong_prompts="error"))
-    with pytest.raises(DatasetError, match="all 3 are over"):
+    with pytest.raises(DatasetError, match=r"max_prompt_tokens=5\): 3 prompts over"):
         load_prompts([path], tokenizer, DataConfig(max_prompt_tokens=5))
 
 
