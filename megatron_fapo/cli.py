@@ -64,6 +64,13 @@ def _genrm_train(args: argparse.Namespace) -> int:
     return _train(args)
 
 
+def _genrm_label(args: argparse.Namespace) -> int:
+    config = _checked_config(args, "label")
+    from megatron_fapo.training.label import label_command
+
+    return label_command(config, out=args.out, yes=args.yes, dry_run=args.dry_run)
+
+
 def _windtunnel(args: argparse.Namespace) -> int:
     from megatron_fapo.windtunnel.arms import SEEDS, choose
     from megatron_fapo.windtunnel.command import windtunnel_command
@@ -138,10 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
     train.set_defaults(verb=_train)
 
-    genrm = verbs.add_parser("genrm", help="the GenRM: train it").add_subparsers(metavar="VERB", required=True)
+    genrm = verbs.add_parser("genrm", help="train the GenRM, make its data").add_subparsers(
+        metavar="VERB", required=True
+    )
     genrm_train = _with_config(genrm.add_parser("train", help="train a GenRM on FAPO-Critic rows, step-wise reward"))
     genrm_train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
     genrm_train.set_defaults(verb=_genrm_train)
+    label = _with_config(genrm.add_parser("label", help="make critic rows: sample, keep right answers, judge, agree"))
+    label.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help=".jsonl or .parquet")
+    label.add_argument("--yes", action="store_true", help="do not ask after the estimate")
+    label.add_argument("--dry-run", action="store_true", help="only the estimate")
+    label.set_defaults(verb=_genrm_label)
 
     warmup = _with_config(verbs.add_parser("warmup", help="supervised warm-up of a policy or GenRM (cross-entropy)"))
     warmup.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompts and solutions")

@@ -7,7 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from megatron_fapo.config.root import Config, Purpose, asks_genrm
+from megatron_fapo.config.policy import PolicyConfig
+from megatron_fapo.config.root import Config, Purpose, asks_genrm, samplers
 from megatron_fapo.device import choose_device
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.user_function import COMPUTE_SCORE, JUDGE_FUNCTION, load_function
@@ -23,7 +24,7 @@ def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
     Only what `purpose` uses is looked at: a warm-up needs no prompts and no GenRM, only training keeps checkpoints.
     """
     problems = _data_problems(config, purpose)
-    problems += _model_problems(config, purpose)
+    problems += _sampler_problems(config) if purpose == "label" else _model_problems(config, purpose)
     problems += _genrm_problems(config, purpose)
     if config.device == "gpu":  # `auto` cannot fail, and looking takes seconds: it imports torch.
         try:
@@ -35,10 +36,10 @@ def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
 
 def _data_problems(config: Config, purpose: Purpose) -> list[str]:
     problems = []
-    named = [("data.train", path) for path in config.data.train if purpose == "train"]
-    if purpose != "warmup":
+    named = [("data.train", path) for path in config.data.train if purpose in ("train", "label")]
+    if purpose in ("train", "evaluate"):
         named += [(f"data.eval.{name}", path) for name, path in config.data.eval.items()]
-    if purpose == "train" and not config.data.train:
+    if purpose in ("train", "label") and not config.data.train:
         problems.append("data.train is empty: name at least one JSONL or parquet file")
     if purpose == "evaluate" and not config.data.eval:
         problems.append("data.eval is empty: set data.eval.NAME to a JSONL or parquet file")
@@ -71,6 +72,17 @@ def _model_problems(config: Config, purpose: Purpose) -> list[str]:
             f" {shape.max_positions} positions: lower one of them, or set policy.max_position_embeddings"
         )
     return problems + (_disk_problems(config, shape.parameters) if purpose == "train" else [])
+
+
+def _sampler_problems(config: Config) -> list[str]:
+    problems = []
+    for name, sampler in samplers(config).items():
+        if sampler.model_path is not None:
+            alone = config.model_copy(update={"policy": PolicyConfig(model_path=sampler.model_path)})
+            problems += [f"sampler {name}: {problem}" for problem in _model_problems(alone, "label")]
+        elif sampler.api_key_env is not None and sampler.api_key_env not in os.environ:
+            problems.append(f"sampler {name}: the environment has no variable {sampler.api_key_env}; export it")
+    return problems
 
 
 def _checkpoint_problems(key: str, root: Path) -> list[str]:
@@ -128,7 +140,7 @@ def _function_problems(config: Config) -> list[str]:
 
 def _genrm_problems(config: Config, purpose: Purpose) -> list[str]:
     genrm, problems = config.genrm, []
-    asked = purpose == "train" or (purpose == "evaluate" and genrm.judge_eval)
+    asked = purpose in ("train", "label") or (purpose == "evaluate" and genrm.judge_eval)
     if not asked or not asks_genrm(config):
         return []
     if genrm.servers > 0 and genrm.model_path is not None:

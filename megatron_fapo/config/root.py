@@ -11,6 +11,7 @@ from pydantic import Field
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.data import DataConfig
 from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.config.labelling import LabellingConfig, SamplerConfig
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.config.rollout import RolloutConfig
@@ -36,9 +37,10 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     training: TrainingConfig = TrainingConfig()
+    labelling: LabellingConfig = LabellingConfig()
 
 
-Purpose = Literal["train", "evaluate", "warmup"]
+Purpose = Literal["train", "evaluate", "warmup", "label"]
 """What a configuration is read for."""
 
 
@@ -57,6 +59,11 @@ def asks_genrm(c: Config) -> bool:
     """Whether right answers are put to servers; functions of the user's and the critic's task do without."""
     others = c.reward.compute_score is not None or c.genrm.judge_function is not None or c.reward.task == "critic"
     return c.genrm.enabled and not others
+
+
+def samplers(c: Config) -> dict[str, SamplerConfig]:
+    """Who writes the solutions that are labelled, by name."""
+    return c.labelling.samplers or {"policy": SamplerConfig(model_path=c.policy.model_path)}
 
 
 def _genrm_homeless(c: Config) -> bool:
@@ -117,6 +124,35 @@ RULES = (
         "name a GenRM: genrm.urls of running servers, or genrm.model_path with servers > 0;"
         " or set genrm.enabled to false for the rule-only baseline",
         ("train",),
+    ),
+    Rule(
+        ("genrm.urls", "genrm.servers", "genrm.model_path", "genrm.judge_function"),
+        _genrm_homeless,
+        "name the teacher: genrm.urls, genrm.model_path with servers > 0, or genrm.judge_function",
+        ("label",),
+    ),
+    Rule(
+        ("genrm.enabled", "reward.compute_score", "reward.task"),
+        lambda c: not c.genrm.enabled or c.reward.compute_score is not None or c.reward.task != "policy",
+        "labels come from the rule and the teacher's verdicts: leave these three at their defaults",
+        ("label",),
+    ),
+    Rule(
+        ("genrm.prompt_form", "genrm.judge_function"),
+        lambda c: asks_genrm(c) and c.genrm.prompt_form != "tagged",
+        "a label counts tagged paragraphs: ask the teacher in the tagged form",
+        ("label",),
+    ),
+    Rule(
+        ("labelling.votes", "genrm.temperature"),
+        lambda c: asks_genrm(c) and c.labelling.votes > 1 and c.genrm.temperature == 0,
+        "greedy votes are copies of one another and always agree: raise the temperature, or take one vote",
+        ("label",),
+    ),
+    Rule(
+        ("labelling.samplers",),
+        lambda c: any((s.model_path is None) != bool(s.urls and s.model) for s in c.labelling.samplers.values()),
+        "each sampler has either a model_path, or urls with model, the name that they serve",
     ),
     Rule(
         ("genrm.judge_eval", "genrm.enabled", "genrm.urls", "genrm.servers", "genrm.model_path"),

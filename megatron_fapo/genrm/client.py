@@ -27,7 +27,7 @@ from megatron_fapo.data.records import Verdict
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.pool import Effect, ServerPool
-from megatron_fapo.genrm.prompts import judge_messages, split_paragraphs
+from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages, split_paragraphs
 from megatron_fapo.genrm.transport import Answer, Failure, FailureKind, ask, list_models
 from megatron_fapo.genrm.verdict import Reason, Unscored, parse_verdict
 
@@ -37,8 +37,6 @@ TICK_S = 0.1
 """How often due probes, ended pauses and hopeless waits are looked for."""
 PROBE_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
-CHARS_PER_TOKEN = 3.0
-"""Of mathematics, roughly. Decides only whether max_tokens is sent; the server's own count decides what fits."""
 EXPECTED_CRITIQUE_TOKENS = 1024
 """Until the first critiques show their length."""
 
@@ -128,9 +126,13 @@ class GenRMClient:
             await self.close()
             raise
 
-    async def judge(self, question: str, ground_truth: str, solution: str) -> Verdict | Unscored:
-        """The verdict of one right answer. Identical judgements within a step share one; failures are not kept."""
-        key = _content_key(self._config.prompt_form, question, ground_truth, solution)
+    async def judge(self, question: str, ground_truth: str, solution: str, vote: int = 0) -> Verdict | Unscored:
+        """The verdict of one right answer. Identical judgements within a step share one; failures are not kept.
+
+        Judgements that differ in `vote` alone are different ones, with seeds of their own.
+        """
+        again = (str(vote),) if vote else ()
+        key = _content_key(self._config.prompt_form, question, ground_truth, solution, *again)
         shared = self._shared.get(key)
         if shared is None:
             judgement = self._prepare(key, question, ground_truth, solution)

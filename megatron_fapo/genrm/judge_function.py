@@ -1,4 +1,4 @@
-"""The user's judge in place of GenRM servers: a function that says which paragraph of a solution is the first wrong one.
+"""The user's judge in place of GenRM servers: a function that names the first wrong paragraph of a solution.
 
 For domains where a program can tell, and for experiments with a judge that is never wrong.
 """
@@ -23,8 +23,10 @@ class FunctionJudge:
     async def check(self) -> None:
         """There is no server to look for."""
 
-    async def judge(self, question: str, ground_truth: str, solution: str) -> Verdict | Unscored:
-        """The function's verdict; `judge_function_error` when it raises or returns no integer from -1 up."""
+    async def judge(self, question: str, ground_truth: str, solution: str, vote: int = 0) -> Verdict | Unscored:
+        """The function's verdict; `judge_function_error` when it raises or returns no integer from -1 up. The function
+        is called anew for each `vote`, and is not told its number."""
+        del vote
         began = time.monotonic()
         try:
             index = self._function(question=question, ground_truth=ground_truth, solution=solution)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import re
 
+CHARS_PER_TOKEN = 3.0
+"""Of mathematics, roughly. For estimates, and for whether max_tokens is sent: the server's own count says what fits."""
+
 _TASK = (
     "Your task is to review and critique the solution {unit} by {unit}. Once you identify an error in a {unit}, return "
     "the index of the {unit} where the earliest error occurs. Otherwise, return the index of -1 (which typically "

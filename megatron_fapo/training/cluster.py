@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Cluster:
     policy: PolicyGroup | None = None
     rollout: RolloutPool | None = None
     reward: RewardLoop | None = None
+    genrm_urls: list[str] = field(default_factory=list)
+    """Base URLs of the whole GenRM pool."""
     transport: str = "shm"
     refits: int = 0
 
@@ -56,15 +58,18 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -> AsyncIterator[Cluster]:
+async def launch(
+    config: Config, *, policy: bool = True, rollout: bool = True, judges_only: bool = False
+) -> AsyncIterator[Cluster]:
     """Start what the verb needs; yields when all of it is ready.
 
     Args:
         policy: megatron ranks (training, warm-up, export).
         rollout: engines, GenRM servers and the reward loop.
+        judges_only: GenRM servers without the reward loop, for a verb that asks them itself; also without engines.
     """
     device = choose_device(config.device)
-    if rollout:
+    if rollout or judges_only:
         await _check_external_servers(config)
     async with contextlib.AsyncExitStack() as stack:
         if not os.environ.get("RAY_ADDRESS"):  # Ray's own processes outlive a killed driver by minutes
@@ -75,7 +80,7 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
                 stack.callback(os.environ.pop, name)
         _start_ray(device)
         stack.callback(_stop_ray)
-        _require_gpus(config, device, policy=policy, rollout=rollout)
+        _require_gpus(config, device, policy=policy, rollout=rollout, genrm=rollout or judges_only)
         cluster = Cluster(config, device)
         starting: list[Coroutine[Any, Any, Any]] = []
         if policy:
@@ -87,7 +92,9 @@ async def launch(config: Config, *, policy: bool = True, rollout: bool = True) -
         if rollout:
             cluster.rollout = make_rollout(config, device)
             stack.push_async_callback(cluster.rollout.shutdown)
-            starting += [_start_engines(cluster.rollout, config, engines), _start_reward(config, cluster, stack)]
+            starting.append(_start_engines(cluster.rollout, config, engines))
+        if rollout or judges_only:
+            starting.append(_start_scoring(config, cluster, stack, loop=not judges_only))
         if device == "gpu" and config.gpu_share < 1 and not _kv_caches_are_set(config):
             # On a shared card vLLM sizes its KV cache by the memory that is left, so nobody else may be taking any.
             for each in starting:
@@ -115,8 +122,10 @@ async def _start_engines(pool: RolloutPool, config: Config, facts: list[dict[str
     facts += await pool.start(0, timeout_s=config.rollout.start_timeout_s)
 
 
-async def _start_reward(config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack) -> None:
-    urls = await _start_genrm(config, cluster.device, stack)
+async def _start_scoring(config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, *, loop: bool) -> None:
+    urls = cluster.genrm_urls = await _start_genrm(config, cluster.device, stack)
+    if not loop:
+        return
     cluster.reward = RewardLoop(config.reward, config.genrm, urls, config.rollout.max_response_tokens)
     stack.push_async_callback(cluster.reward.close)
     await cluster.reward.start()
@@ -154,7 +163,7 @@ def _start_ray(device: str) -> None:
         signal.signal(number, handler)
 
 
-def _require_gpus(config: Config, device: str, *, policy: bool, rollout: bool) -> None:
+def _require_gpus(config: Config, device: str, *, policy: bool, rollout: bool, genrm: bool) -> None:
     """
     Raises:
         UserError: Ray has fewer GPUs than the run asks for; its actors would wait for them for ever.
@@ -169,8 +178,8 @@ def _require_gpus(config: Config, device: str, *, policy: bool, rollout: bool) -
     asked = config.policy.parallel.world_size * config.gpu_share if policy else 0.0
     if rollout:
         asked += config.rollout.replicas * share(config.rollout.tensor_parallel)
-        if asks_genrm(config):
-            asked += config.genrm.servers * share(config.genrm.tensor_parallel)
+    if genrm and asks_genrm(config):
+        asked += config.genrm.servers * share(config.genrm.tensor_parallel)
     present = ray.cluster_resources().get("GPU", 0.0)
     if asked > present:
         raise UserError(
