@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_fapo.config.load import load_config
-from megatron_fapo.config.show import dump_yaml
 from megatron_fapo.data.datasets import write_prompts, write_testbed
 from megatron_fapo.data.demonstrations import critic_rows, genrm_sft_examples
 from megatron_fapo.data.tokenizer import init_tiny_model
@@ -122,7 +121,7 @@ def _refuse_other_settings(runs: Sequence[tuple[Arm, int, Path]], out: Path) -> 
     for arm, seed, run in runs:
         made_with = run / "config.yaml"
         file, overrides = _arguments(arm, seed, run, out)
-        if made_with.is_file() and made_with.read_text() != dump_yaml(load_config([file], overrides).config):
+        if made_with.is_file() and load_config([made_with], []).config != load_config([file], overrides).config:
             raise UserError(f"{run} was made with other settings: choose another --out, or delete it")
 
 
