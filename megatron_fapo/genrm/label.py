@@ -25,12 +25,11 @@ from megatron_fapo.genrm.labelling import (
     State,
     apply,
     changes,
-    solution_record,
+    record_of,
     state,
-    vote_record,
 )
 from megatron_fapo.genrm.rules import RuleResult
-from megatron_fapo.genrm.transport import Answer, ask, list_models
+from megatron_fapo.genrm.transport import Answer, Failure, FailureKind, ask, list_models
 from megatron_fapo.genrm.verdict import Unscored
 from megatron_fapo.observe.files import json_line, read_json_lines
 from megatron_fapo.rollout.sampling import sample_seed
@@ -61,21 +60,24 @@ class Journal:
         """Reads what is there. Raises UserError when it was written with another configuration."""
         self._path, self._identity = path, identity
         self._file: Any = None
+        self._read()
+
+    def _read(self) -> None:
         self.items: dict[ItemKey, Item] = {}
         self._recorded: dict[str, Any] = {}
-        for record in read_json_lines(path) if path.exists() else []:
+        for record in read_json_lines(self._path) if self._path.exists() else []:
             if record["kind"] == "identity":
                 self._recorded |= record["values"]
             else:
                 apply(self.items, record)
-        if differences := changes(self._recorded, identity):
+        if differences := changes(self._recorded, self._identity):
             raise UserError(
-                "\n  ".join([f"{path} was written with another configuration:", *differences])
+                "\n  ".join([f"{self._path} was written with another configuration:", *differences])
                 + "\nset these values back, or give another --out to start anew"
             )
 
     def __enter__(self) -> Self:
-        """From here on it can be appended to, by this process alone."""
+        """From here on it can be appended to, by this process alone; reads anew what another has added meanwhile."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # A critique may hold half of a surrogate pair, which UTF-8 cannot say.
         self._file = self._path.open("a+", encoding="utf-8", errors="replace")
@@ -84,6 +86,7 @@ class Journal:
         except BlockingIOError:
             self._file.close()
             raise UserError(f"{self._path} is being written by another run: wait for it, or end it") from None
+        self._read()
         whole = self._path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(whole)  # what a crash tore would spoil the line appended to it
         if self._recorded != self._identity:
@@ -123,6 +126,7 @@ class Labeller:
                 for item in started:
                     group.create_task(self._advance(item))
                 async for item in solutions:
+                    self._add(item.key, item)
                     group.create_task(self._advance(item))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
@@ -130,18 +134,19 @@ class Labeller:
     async def _advance(self, item: Item) -> None:
         prompt = self._prompts[item.key]
         if item.correct is None:
-            item = self._add(solution_record(item, await self._rule.verify(item.text, prompt.ground_truth)))
+            item = self._add(item.key, await self._rule.verify(item.text, prompt.ground_truth))
         while state(item, self._votes) is State.OPEN:
             # Numbered over all runs: an unreadable critique would come again for the same number, that is its seed.
             number = len(item.votes) + len(item.failures)
             outcome = await self._judge.judge(prompt.question, prompt.ground_truth, item.text, vote=number)
-            item = self._add(vote_record(item.key, outcome))
+            item = self._add(item.key, outcome)
             if isinstance(outcome, Unscored):
                 break
 
-    def _add(self, record: dict[str, Any]) -> Item:
+    def _add(self, key: ItemKey, outcome: Item | RuleResult | Verdict | Unscored) -> Item:
+        record = record_of(key, outcome)
         item = self._journal.add(record)
-        self._counts[record["kind"] if record.get("reason") is None else record["reason"]] += 1
+        self._counts[record.get("reason", record["kind"])] += 1
         if self._counts["vote"] % FORGET_EVERY == FORGET_EVERY - 1:
             self._judge.begin_step()
         if time.monotonic() - self._reported > REPORT_EVERY_S:
@@ -179,13 +184,16 @@ async def sample_from_urls(
                 if isinstance(outcome, Answer) and outcome.finish_reason in ("stop", "length"):
                     text = outcome.critique.encode(errors="replace").decode()
                     return Item(draw.key, text, outcome.completion_tokens)
-                await asyncio.sleep(getattr(outcome, "busy_for_s", 0.0) + FIRST_BACKOFF_S * 2**attempt)
+                if isinstance(outcome, Failure):
+                    if outcome.kind in (FailureKind.HTTP_4XX, FailureKind.CONTEXT):
+                        break
+                    await asyncio.sleep(outcome.busy_for_s + FIRST_BACKOFF_S * 2**attempt)
         log.warning("sampler %s gave no solution for %s: %s", name, draw.key, outcome)
         return None
 
     connector = aiohttp.TCPConnector(limit=0)  # `places` bounds the requests
     async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
-        for url in urls:
+        for url in urls if draws else []:
             models = await list_models(session, url, PROBE_TIMEOUT_S)
             if isinstance(models, str) or sampler.model not in models:
                 listed = models if isinstance(models, str) else f"it serves {', '.join(models) or 'nothing'}"

@@ -90,34 +90,34 @@ def draws_of(sampler: str, prompts: Iterable[Prompt], samples_per_prompt: int) -
     return draws
 
 
-def solution_record(item: Item, rule: RuleResult | Unscored) -> dict[str, Any]:
-    """What the journal keeps of a solution and its final answer."""
-    correct, reason = (None, rule.reason.value) if isinstance(rule, Unscored) else (rule.correct, None)
-    body = {"text": item.text, "tokens": item.tokens, "correct": correct, "reason": reason}
-    return {"kind": "solution", "key": list(item.key), **body}
-
-
-def vote_record(key: ItemKey, outcome: Verdict | Unscored) -> dict[str, Any]:
-    """What the journal keeps of one request to the teacher."""
+def record_of(key: ItemKey, outcome: Item | RuleResult | Verdict | Unscored) -> dict[str, Any]:
+    """What the journal keeps of a new solution, of what the rule says, or of one request to the teacher."""
     body: dict[str, Any]
-    if isinstance(outcome, Unscored):
-        body = {"index": None, "reason": outcome.reason.value, "detail": outcome.detail}
-    else:
-        body = {"index": outcome.index, "tokens": outcome.completion_tokens, "critique": outcome.critique}
-    return {"kind": "vote", "key": list(key), **body}
+    match outcome:
+        case Item():
+            body = {"kind": "solution", "text": outcome.text, "tokens": outcome.tokens}
+        case RuleResult():
+            body = {"kind": "rule", "correct": outcome.correct}
+        case Verdict():
+            tokens = outcome.completion_tokens
+            body = {"kind": "vote", "index": outcome.index, "tokens": tokens, "critique": outcome.critique}
+        case Unscored():
+            body = {"kind": "failure", "reason": outcome.reason.value, "detail": outcome.detail}
+    return {"key": list(key)} | body
 
 
 def apply(items: dict[ItemKey, Item], record: Mapping[str, Any]) -> Item:
     """Add what a record says to `items`; returns its item."""
     key = ItemKey(*record["key"])
-    if record["kind"] == "solution":
-        item = Item(key, record["text"], record["tokens"], record["correct"])
-        before = items[key].failures if key in items else ()
-        items[key] = replace(item, failures=before + ((record["reason"],) if record["reason"] else ()))
-    elif record["index"] is None:
-        items[key] = replace(items[key], failures=(*items[key].failures, record["reason"]))
-    else:
-        items[key] = replace(items[key], votes=(*items[key].votes, Vote(record["index"], record["tokens"])))
+    match record["kind"]:
+        case "solution":
+            items[key] = Item(key, record["text"], record["tokens"])
+        case "rule":
+            items[key] = replace(items[key], correct=record["correct"])
+        case "vote":
+            items[key] = replace(items[key], votes=(*items[key].votes, Vote(record["index"], record["tokens"])))
+        case "failure":
+            items[key] = replace(items[key], failures=(*items[key].failures, record["reason"]))
     return items[key]
 
 
@@ -306,11 +306,10 @@ class Estimate:
     teacher_hours: float
 
 
-def estimate(
-    config: Config, missing: Sequence[Draw], started: Sequence[Item], items: Mapping[ItemKey, Item]
-) -> Estimate:
-    """What is still to be done (`to_do`), in tokens and GPU hours; averages of the journal where it has enough."""
+def estimate(config: Config, draws: Sequence[Draw], items: Mapping[ItemKey, Item]) -> Estimate:
+    """What is still to be done, in tokens and GPU hours; averages of the journal where it has enough."""
     assumed, votes = config.labelling.assumed, config.labelling.votes
+    missing, started = to_do(draws, items, votes)
     known = [item for item in items.values() if item.correct is not None]
     cast = [vote.tokens for item in known for vote in item.votes]
     decided = [item for item in known if state(item, votes) in (State.AGREED, State.DISAGREED)]
@@ -331,7 +330,7 @@ def estimate(
     per_item = figure("votes", [len(item.votes) for item in decided], "judged solutions", votes)
     if len(decided) < MEASURED_FROM:
         per_item = replace(per_item, source="labelling.votes, all of them")
-    asked = [draw.prompt for draw in missing[:MEASURED_FROM]]
+    asked = [draw.prompt for draw in draws[:: len(draws) // MEASURED_FROM + 1]]
     fixed = [judge_messages(p.question, p.ground_truth, "-", "tagged")[0]["content"] for p in asked]
     around = sum(map(len, fixed)) / max(len(fixed), 1) / CHARS_PER_TOKEN
 

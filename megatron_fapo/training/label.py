@@ -61,12 +61,12 @@ def label_command(config: Config, *, out: Path, yes: bool, dry_run: bool) -> int
     draws = _load_draws(config)
     everything = [draw for of_one in draws.values() for draw in of_one]
     journal = Journal(path, identity(config))
-    missing, started = to_do(everything, journal.items, config.labelling.votes)
-    print(f"{len(everything):,} solutions wanted, {len(everything) - len(missing):,} in {path}")
-    print(describe(config, estimate(config, missing, started, journal.items)), flush=True)
+    cost = estimate(config, everything, journal.items)
+    print(f"{len(everything):,} solutions wanted, {len(everything) - cost.to_sample:,} in {path}")
+    print(describe(config, cost), flush=True)
     if dry_run:
         return 0
-    if missing or started:
+    if cost.to_sample or cost.to_judge:
         if sys.stdin.isatty() and not yes and input("go on? [y/N] ").strip().lower() not in ("y", "yes"):
             return 0
         with journal:
@@ -131,15 +131,17 @@ async def _label_sampler(
         policy = config.policy.model_copy(update={"model_path": sampler.model_path})
         config = config.model_copy(update={"policy": policy})
     async with contextlib.AsyncExitStack() as stack:
-        cluster = await stack.enter_async_context(launch(config, policy=False, rollout=ours, judges_only=True))
-        function = config.genrm.judge_function
-        judge = GenRMClient(cluster.genrm_urls, config.genrm) if function is None else FunctionJudge(function)
+        engines, urls, function = None, config.genrm.urls, config.genrm.judge_function
+        if ours or (function is None and config.genrm.servers > 0):
+            cluster = await stack.enter_async_context(launch(config, policy=False, rollout=ours, judges_only=True))
+            engines, urls = cluster.rollout, cluster.genrm_urls
+        judge = GenRMClient(urls, config.genrm) if function is None else FunctionJudge(function)
         verifier = Verifier(config.reward)
         for part in (judge, verifier):
             stack.push_async_callback(part.close)
         await asyncio.gather(judge.check(), verifier.start())
-        if cluster.rollout is not None:
-            solutions = _sample(cluster.rollout, missing, config)
+        if engines is not None:
+            solutions = _sample(engines, missing, config)
         else:
             solutions = sample_from_urls(name, sampler, missing, config)
         stream = await stack.enter_async_context(contextlib.aclosing(solutions))
