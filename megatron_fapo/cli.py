@@ -16,6 +16,7 @@ from megatron_fapo.config.load import ConfigError, load_config
 from megatron_fapo.config.preflight import preflight
 from megatron_fapo.config.root import Purpose
 from megatron_fapo.errors import UserError
+from megatron_fapo.windtunnel.arms import CRITIC_STEPS, EXAMPLES, SEEDS, STEPS, choose
 
 EXIT_BAD_INPUT = 2
 
@@ -72,15 +73,22 @@ def _genrm_label(args: argparse.Namespace) -> int:
 
 
 def _windtunnel(args: argparse.Namespace) -> int:
-    from megatron_fapo.windtunnel.arms import SEEDS, choose
-    from megatron_fapo.windtunnel.command import windtunnel_command
+    from megatron_fapo.windtunnel.command import Tunnel, windtunnel_command
 
     try:
         arms = choose(args.arms, args.quick)
     except ValueError as error:
         raise UserError(f"--arms: {error}") from None
     seeds = args.seeds or (SEEDS[:1] if args.quick else SEEDS)
-    return windtunnel_command(arms, seeds, out=args.out, jobs=args.jobs)
+    out, policy, genrm = (path.resolve() for path in (args.out, args.policy, args.genrm))
+    tunnel = Tunnel(out, args.jobs, args.steps, args.critic_steps, policy, genrm, tuple(args.config))
+    return windtunnel_command(arms, seeds, tunnel)
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from megatron_fapo.data.prepare import prepare_command
+
+    return prepare_command(args.sets, out=args.out, sources=args.source, seed=args.seed)
 
 
 def _warmup(args: argparse.Namespace) -> int:
@@ -157,6 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--dry-run", action="store_true", help="only the estimate")
     label.set_defaults(verb=_genrm_label)
 
+    data = verbs.add_parser("data", help="make data sets").add_subparsers(metavar="VERB", required=True)
+    prepare = data.add_parser("prepare", help="the recipe's data sets and the GenRM's benchmarks as parquet")
+    prepare.add_argument("sets", nargs="+", metavar="SET", help="dapo-math, aime24, ...: docs/data.md lists them")
+    prepare.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="parquet files, manifest.json")
+    prepare.add_argument("--source", action="append", default=[], metavar="SET=PATH", help="read a local copy")
+    prepare.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of GPQA's options (default 0)")
+    prepare.set_defaults(verb=_data_prepare)
+
     warmup = _with_config(verbs.add_parser("warmup", help="supervised warm-up of a policy or GenRM (cross-entropy)"))
     warmup.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompts and solutions")
     warmup.add_argument("--out", type=Path, required=True, metavar="DIR", help="HF checkpoint to write")
@@ -193,7 +209,22 @@ def _parser() -> argparse.ArgumentParser:
     tunnel.add_argument("--quick", action="store_true", help="one seed, baseline and oracle-judged FAPO")
     tunnel.add_argument("--arms", nargs="+", metavar="ARM", help="only these; see windtunnel/arms.py")
     tunnel.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 1 2 3, with --quick 1")
-    tunnel.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time (2 keep two cores busy)")
+    for option, value, text in (
+        ("--jobs", 2, "runs at a time; two keep two cores busy"),
+        ("--steps", STEPS, "of each policy run"),
+        ("--critic-steps", CRITIC_STEPS, "of each GenRM training run"),
+    ):
+        tunnel.add_argument(option, type=int, default=value, metavar="N", help=f"{text} (default {value})")
+    models = EXAMPLES / "models"
+    tunnel.add_argument(
+        "--policy", type=Path, default=models / "policy", metavar="MODEL", help="HF checkpoint to train"
+    )
+    tunnel.add_argument(
+        "--genrm", type=Path, default=models / "genrm", metavar="MODEL", help="HF checkpoint that judges"
+    )
+    tunnel.add_argument(
+        "-c", "--config", action="append", default=[], type=Path, metavar="FILE", help="YAML for all runs"
+    )
     tunnel.set_defaults(verb=_windtunnel)
 
     demo = verbs.add_parser("demo", help="a whole run with tiny models, on this machine")

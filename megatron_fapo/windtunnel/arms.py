@@ -4,11 +4,13 @@ order and start from the same weights, so that their difference is the arm's."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 ORACLE = "genrm.judge_function=megatron_fapo.data.oracle:judge"
 STEPS, CRITIC_STEPS = 40, 30
 SEEDS = (1, 2, 3)
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Arm:
     name: str
     about: str
     overrides: tuple[str, ...]
+    """`{genrm}` stands for the trained GenRM's path, `{steps}` for the steps of the run."""
     kind: Literal["policy", "critic"] = "policy"
     flawed_penalty: float | None = None
     """lambda, where it is one number for the whole run and the judge is the oracle: what theory can be held against."""
@@ -26,13 +29,13 @@ def _oracle(name: str, flawed_penalty: float, about: str) -> Arm:
 
 
 def _scheduled(name: str, first: float, last: float, about: str) -> Arm:
-    return Arm(name, about, (ORACLE, f"reward.rho_shift_schedule=[[1, {first}], [{STEPS}, {last}]]"))
+    return Arm(name, about, (ORACLE, f"reward.rho_shift_schedule=[[1, {first}], [{{steps}}, {last}]]"))
 
 
 ARMS = (
     Arm("baseline", "answers alone are rewarded", ("genrm.enabled=false",)),
     _oracle("fapo_oracle", 1.0, "FAPO, lambda 1, judged by the oracle"),
-    Arm("fapo_genrm", "FAPO, lambda 1, judged by the trained tiny GenRM", ("genrm.model_path={models}/genrm",)),
+    Arm("fapo_genrm", "FAPO, lambda 1, judged by the trained tiny GenRM", ("genrm.model_path={genrm}",)),
     _oracle("lambda_0.5", 0.5, "FAPO, lambda 1/2 (rho_shift 3)"),
     _oracle("lambda_1.33", 4 / 3, "FAPO, lambda 4/3 (rho_shift 1/2)"),
     _oracle("lambda_2", 2.0, "FAPO, lambda 2: a flawed positive is as bad as a wrong answer"),

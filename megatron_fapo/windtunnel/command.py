@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fapo.config.load import load_config
@@ -26,63 +27,89 @@ from megatron_fapo.observe.files import write_atomically
 from megatron_fapo.observe.metrics import FILE, read_metrics
 from megatron_fapo.observe.samples import read_samples
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
-from megatron_fapo.windtunnel.arms import CRITIC_STEPS, STEPS, Arm
+from megatron_fapo.windtunnel.arms import CRITIC_STEPS, EXAMPLES, STEPS, Arm
 from megatron_fapo.windtunnel.report import write_report
 from megatron_fapo.windtunnel.summary import read, summarise
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 PROMPTS, CRITIC_ROWS, CRITIC_WARMUP_ROWS, CRITIC_WARMUP_STEPS, DATA_SEED = 2000, 2000, 8000, 250, 11
 
 
-def windtunnel_command(arms: Sequence[Arm], seeds: Sequence[int], *, out: Path, jobs: int) -> int:
-    """Run what is missing under `out`, write summary.json and report.html there; returns the exit code.
+@dataclass(frozen=True)
+class Tunnel:
+    """Where the runs go, and what they have in common."""
+
+    out: Path
+    jobs: int = 2
+    """Runs at a time."""
+    steps: int = STEPS
+    critic_steps: int = CRITIC_STEPS
+    policy: Path = EXAMPLES / "models" / "policy"
+    """What policies start from: a model that has learned to write solutions of the testbed, carelessly."""
+    genrm: Path = EXAMPLES / "models" / "genrm"
+    configs: tuple[Path, ...] = ()
+    """Read after examples/windtunnel.yaml: other hardware, other model sizes."""
+
+    def steps_of(self, arm: Arm) -> int:
+        return self.critic_steps if arm.kind == "critic" else self.steps
+
+    def run_dir(self, arm: Arm, seed: int) -> Path:
+        return self.out / f"{arm.name}-seed{seed}"
+
+    def arguments(self, arm: Arm, seed: int) -> tuple[list[Path], list[str]]:
+        """Configuration files and overrides of a run."""
+        critic = arm.kind == "critic"
+        model, data = (self.out / "critic-base", "critic.jsonl") if critic else (self.policy, "train.jsonl")
+        overrides = [
+            f"run_dir={self.run_dir(arm, seed)}",
+            f"seed={seed}",
+            f"policy.model_path={model}",
+            f"data.train=[{self.out / 'data' / data}]",
+            f"training.steps={self.steps_of(arm)}",
+            *(override.format(genrm=self.genrm, steps=self.steps) for override in arm.overrides),
+        ]
+        return [EXAMPLES / ("windtunnel_critic.yaml" if critic else "windtunnel.yaml"), *self.configs], overrides
+
+
+Run = tuple[Arm, int]
+"""An arm and a seed."""
+
+
+def windtunnel_command(arms: Sequence[Arm], seeds: Sequence[int], tunnel: Tunnel) -> int:
+    """Run what is missing, write summary.json and report.html; returns the exit code.
 
     Raises:
-        UserError: not in a checkout of the repository, or `out` holds runs made with other settings.
+        UserError: not in a checkout of the repository, or there are runs that were made with other settings.
     """
     if not (EXAMPLES / "windtunnel.yaml").is_file():
         raise UserError(f"{EXAMPLES}/windtunnel.yaml not found: the wind tunnel runs from a checkout of the repository")
-    return asyncio.run(_windtunnel(arms, seeds, out.resolve(), jobs))
+    return asyncio.run(_windtunnel(arms, seeds, tunnel))
 
 
-async def _windtunnel(arms: Sequence[Arm], seeds: Sequence[int], out: Path, jobs: int) -> int:
-    began = time.monotonic()
-    runs = [(arm, seed, out / f"{arm.name}-seed{seed}") for seed in seeds for arm in arms]
+async def _windtunnel(arms: Sequence[Arm], seeds: Sequence[int], tunnel: Tunnel) -> int:
+    began, out = time.monotonic(), tunnel.out
+    runs = [(arm, seed) for seed in seeds for arm in arms]
     with StopRequest() as stop:
         try:
             await stop.race(_prepare(out, critic=any(arm.kind == "critic" for arm in arms)))
-            _refuse_other_settings(runs, out)
-            failed = await stop.race(_run_all(runs, out, jobs))
+            refuse_other_settings(runs, tunnel)
+            failed = await stop.race(_run_all(runs, tunnel))
         except StopRequestedError:
             _say("stopped; the same command goes on")
             return stop.exit_code
     if failed:
         _say("failed: " + ", ".join(f"{run.name} (its log: {run}/console.log)" for run in failed))
         return 1
-    steps = {run: [int(r["step"]) for r in read_metrics(run) if r["step"] > 0] for _, _, run in runs}
-    readings = [read(arm, seed, {step: read_samples(run, step) for step in steps[run]}) for arm, seed, run in runs]
+    readings = []
+    for arm, seed in runs:
+        run = tunnel.run_dir(arm, seed)
+        steps = [int(record["step"]) for record in read_metrics(run) if record["step"] > 0]
+        readings.append(read(arm, seed, {step: read_samples(run, step) for step in steps}))
     summary = {"seconds": round(time.monotonic() - began), "seeds": list(seeds)} | summarise(readings)
     write_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     text = write_report(summary, readings, out / "report.html")
     print(text)
     _say(f"{out}/report.html and summary.json  ({time.monotonic() - began:.0f} s)")
     return 0
-
-
-def _arguments(arm: Arm, seed: int, run: Path, out: Path) -> tuple[Path, list[str]]:
-    """Configuration file and overrides of a run."""
-    critic = arm.kind == "critic"
-    model = out / "critic-base" if critic else EXAMPLES / "models" / "policy"
-    steps = CRITIC_STEPS if critic else STEPS
-    overrides = [
-        f"run_dir={run}",
-        f"seed={seed}",
-        f"policy.model_path={model}",
-        f"data.train=[{out / 'data' / ('critic.jsonl' if critic else 'train.jsonl')}]",
-        f"training.steps={steps}",
-        *(override.format(models=EXAMPLES / "models") for override in arm.overrides),
-    ]
-    return EXAMPLES / ("windtunnel_critic.yaml" if critic else "windtunnel.yaml"), overrides
 
 
 async def _prepare(out: Path, *, critic: bool) -> None:
@@ -113,35 +140,35 @@ def _tagged(question: str, ground_truth: str, solution: str) -> list[dict[str, s
     return judge_messages(question, ground_truth, solution, "tagged")
 
 
-def _refuse_other_settings(runs: Sequence[tuple[Arm, int, Path]], out: Path) -> None:
+def refuse_other_settings(runs: Sequence[Run], tunnel: Tunnel) -> None:
     """
     Raises:
         UserError: a run directory was made with another configuration than its arm has now.
     """
-    for arm, seed, run in runs:
-        made_with = run / "config.yaml"
-        file, overrides = _arguments(arm, seed, run, out)
-        if made_with.is_file() and load_config([made_with], []).config != load_config([file], overrides).config:
-            raise UserError(f"{run} was made with other settings: choose another --out, or delete it")
+    for each in runs:
+        made_with = tunnel.run_dir(*each) / "config.yaml"
+        if made_with.is_file() and load_config([made_with], []).config != load_config(*tunnel.arguments(*each)).config:
+            raise UserError(f"{made_with.parent} was made with other settings: choose another --out, or delete it")
 
 
-async def _run_all(runs: Sequence[tuple[Arm, int, Path]], out: Path, jobs: int) -> list[Path]:
+async def _run_all(runs: Sequence[Run], tunnel: Tunnel) -> list[Path]:
     """Finish every run; returns those that failed. One failure does not stop the others."""
-    places, failed, done = asyncio.Semaphore(jobs), [], 0
+    places, failed, done = asyncio.Semaphore(tunnel.jobs), [], 0
 
-    async def one(arm: Arm, seed: int, run: Path) -> None:
+    async def one(arm: Arm, seed: int) -> None:
         nonlocal done
+        run, steps = tunnel.run_dir(arm, seed), tunnel.steps_of(arm)
         async with places:
-            file, overrides = _arguments(arm, seed, run, out)
-            total = CRITIC_STEPS if arm.kind == "critic" else STEPS
-            if _steps_done(run) < total:
+            if _steps_done(run) < steps:
                 began = time.monotonic()
+                files, overrides = tunnel.arguments(arm, seed)
                 verb = ["genrm", "train"] if arm.kind == "critic" else ["train"]
                 resume = ["--resume"] * any((run / "checkpoints").glob("step_*[0-9]/state.json"))
                 if not resume:
                     (run / FILE).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-                code = await _fapo([*verb, "-c", str(file), *resume, *overrides], run / "console.log")
-                if code != 0 or _steps_done(run) < total:
+                configs = [argument for file in files for argument in ("-c", str(file))]
+                code = await _fapo([*verb, *configs, *resume, *overrides], run / "console.log")
+                if code != 0 or _steps_done(run) < steps:
                     failed.append(run)
                 _say(f"{run.name}: {'failed' if run in failed else 'done'} in {time.monotonic() - began:.0f} s")
             done += 1
@@ -160,7 +187,7 @@ def _steps_done(run: Path) -> int:
 async def _fapo(arguments: Sequence[str], log: Path) -> int:
     """One `fapo` process with its output in `log`; asked to save and stop when this task is cancelled."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("ab") as file:
         # A session of its own: Ctrl-C in the terminal reaches it once, through this process.
         process = await asyncio.create_subprocess_exec(
