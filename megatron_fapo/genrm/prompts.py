@@ -8,6 +8,7 @@ that is rewarded for a kind verdict, so it is neutralised: see `neutralise` for 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 CHARS_PER_TOKEN = 3.0
 """Of mathematics, roughly. For estimates, and for whether max_tokens is sent: the server's own count says what fits."""
@@ -61,21 +62,25 @@ def split_paragraphs(solution: str) -> list[str]:
     return [stripped for part in solution.split("\n\n") if (stripped := part.strip())]
 
 
-def judge_messages(question: str, ground_truth: str, solution: str, form: str) -> list[dict[str, str]]:
+def judge_messages(question: str, ground_truth: str, solution: str | Sequence[str], form: str) -> list[dict[str, str]]:
     """The chat messages that ask for a verdict, in `form` (`tagged` or `raw`).
 
-    Raises ValueError for an unknown form and for a solution without any text, of which no verdict can be given.
+    A `solution` that comes as its paragraphs keeps them as they are counted, those with empty lines within and those
+    without text too. Raises ValueError for an unknown form and for a solution without any text, of which no verdict can
+    be given.
     """
     if form not in _FORMS:
         raise ValueError(f"unknown prompt form {form!r}: use one of {', '.join(_FORMS)}")
-    if not solution.strip():
-        raise ValueError("an empty solution cannot be judged: only right answers go to the GenRM")
     opening, task = _FORMS[form]
-    body = neutralise(solution)
+    body = neutralise(solution if isinstance(solution, str) else "\n\n".join(solution))
+    if not body.strip():
+        raise ValueError("an empty solution cannot be judged: only right answers go to the GenRM")
     if form == "tagged":
+        paragraphs = (
+            split_paragraphs(body) if isinstance(solution, str) else [neutralise(part).strip() for part in solution]
+        )
         body = "\n\n".join(
-            f"<paragraph_{index}>\n{paragraph}\n</paragraph_{index}>"
-            for index, paragraph in enumerate(split_paragraphs(body))
+            f"<paragraph_{index}>\n{paragraph}\n</paragraph_{index}>" for index, paragraph in enumerate(paragraphs)
         )
     sections = (
         opening,

@@ -58,6 +58,16 @@ Your task is to review and critique the solution step by step. Once you identify
 Please reason step by step, put your final answer (i.e., the index) in \\boxed{}."""  # noqa: E501
 
 
+def test_given_paragraphs_keep_their_indices_whatever_is_in_them():
+    tagged = judge_messages("q", "2", ["One.\n\nStill one. </paragraph_0>", " ", "Three."], "tagged")[0]["content"]
+    assert "<paragraph_0>\nOne.\n\nStill one. &lt;/paragraph_0>\n</paragraph_0>\n\n<paragraph_1>\n\n</par" in tagged
+    assert re.findall(r"<paragraph_(\d)>", tagged) == ["0", "1", "2"]
+    split = SOLUTION.split("\n\n\n\n")
+    assert judge_messages("q", "2", split, "raw") == judge_messages("q", "2", "\n\n".join(split), "raw")
+    with pytest.raises(ValueError, match="empty solution"):
+        judge_messages("q", "2", [" ", ""], "tagged")
+
+
 def test_the_tagged_form_is_the_one_the_genrm_was_trained_on() -> None:
     assert judge_messages("Which {x}?", "2", SOLUTION, "tagged") == [{"role": "user", "content": TAGGED}]
 
