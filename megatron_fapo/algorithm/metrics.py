@@ -11,44 +11,88 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_fapo.algorithm.advantage import group_advantages, has_signal
+from megatron_fapo.algorithm.judgements import (
+    Judgement,
+    judgement_metrics,
+    judgement_stderrs,
+    majority_judgement,
+    ratio_stderr,
+)
 from megatron_fapo.algorithm.loss import LOG_RATIO_LIMIT
-from megatron_fapo.data.records import Group, ScoredSample
+from megatron_fapo.data.records import Group, Score, ScoredSample
 
 
-def step_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Scores, rewards, lengths and group shares of one rollout."""
+def step_metrics(groups: Sequence[Group], task: str = "policy") -> dict[str, float]:
+    """Scores, rewards, lengths and group shares of one rollout.
+
+    For the task `critic`, `critic/...` says how well it judged, in place of what a GenRM says of a policy's answers.
+    """
     samples = [sample for group in groups for sample in group.samples]
-    return {**_score_metrics(samples), **_reward_metrics(samples), **_length_metrics(samples), **_group_metrics(groups)}
+    if task == "critic":
+        judged = judgement_metrics([j for group in groups for j in group_judgements(group)])
+        outcomes = {f"critic/{name}": value for name, value in judged.items() if name != "tokens_mean"}
+    else:
+        outcomes = _flaw_metrics(samples)
+    metrics = _score_metrics(samples) | outcomes
+    return metrics | _reward_metrics(samples) | _length_metrics(samples) | _group_metrics(groups)
 
 
-def evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def evaluation_metrics(groups: Sequence[Group], vote_key: Callable[[str], str] = str.strip) -> dict[str, float]:
     """avg@k, pass@k and maj@k over the prompts of one evaluation set, beside its scores and lengths.
 
     k is the number of samples of the largest group; pass@ is also given for the powers of two below k, each over the
-    prompts with at least so many checked samples. The standard error is over prompts. Names carry no prefix of the
-    evaluation set: the caller adds it.
+    prompts with at least so many checked samples. Standard errors are over prompts. `vote_key` says which predictions
+    are one vote. Names carry no prefix of the evaluation set: the caller adds it.
     """
     samples = [sample for group in groups for sample in group.samples]
     k = max((len(group.samples) for group in groups), default=0)
     counts = [(len(c), sum(c)) for c in map(_checked, groups) if c]
-    metrics = _score_metrics(samples) | _length_metrics(samples)
+    metrics = _score_metrics(samples) | _flaw_metrics(samples) | _length_metrics(samples)
     accuracies = accuracy_by_prompt(groups)
     if accuracies:
         metrics[f"avg@{k}"] = statistics.fmean(accuracies.values())
-        metrics[f"maj@{k}"] = statistics.fmean(majority_correct(group) for group in groups if _checked(group))
-    if len(accuracies) > 1:
-        metrics[f"avg@{k}_stderr"] = statistics.stdev(accuracies.values()) / math.sqrt(len(accuracies))
+        majorities = [majority_correct(group, vote_key) for group in groups if _checked(group)]
+        metrics[f"maj@{k}"] = statistics.fmean(majorities)
+    flawed = [(sum(score.flawed for score in judged), len(judged)) for judged in map(_judged, groups)]
+    for name, units in ((f"avg@{k}", [(a, 1) for a in accuracies.values()]), ("score/flawed_positive_ratio", flawed)):
+        if (stderr := ratio_stderr(units)) is not None:
+            metrics[f"{name}_stderr"] = stderr
     for j in sorted({k, *(2**i for i in range(1, k.bit_length()))}):
         estimates = [pass_at_k(n, right, j) for n, right in counts if n >= j]
         if estimates:
             metrics[f"pass@{j}"] = statistics.fmean(estimates)
     return metrics
+
+
+def critic_evaluation_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """`judgement_metrics` of one evaluation set over all its samples, with standard errors over prompts.
+
+    With k > 1 samples per prompt the plain names say what a single answer is worth, and `maj@k/...` what their vote is.
+    """
+    samples = [sample for group in groups for sample in group.samples]
+    k = max((len(group.samples) for group in groups), default=0)
+    by_prompt = [group_judgements(group) for group in groups]
+    metrics = _score_metrics(samples) | _length_metrics(samples)
+    metrics |= judgement_metrics([j for prompt in by_prompt for j in prompt]) | judgement_stderrs(by_prompt)
+    if k > 1:
+        votes = [[majority_judgement(prompt)] for prompt in by_prompt if prompt]
+        voted = judgement_metrics([vote for (vote,) in votes]) | judgement_stderrs(votes)
+        metrics |= {f"maj@{k}/{name}": value for name, value in voted.items()}
+    return metrics
+
+
+def group_judgements(group: Group) -> list[Judgement]:
+    """What a critic's samples of one prompt say of it. The subset is the data source after its first `/`, or all."""
+    label, total = int(group.prompt.ground_truth), int(group.prompt.extra_info["total_steps"])
+    subset = group.prompt.data_source.partition("/")[2] or group.prompt.data_source
+    predictions = [(s.score.prediction, len(s.sample.token_ids)) for s in group.samples]
+    return [Judgement(None if p is None else int(p), label, total, subset, tokens) for p, tokens in predictions]
 
 
 def accuracy_by_prompt(groups: Sequence[Group]) -> dict[str, float]:
@@ -68,15 +112,16 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     return 1.0 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def majority_correct(group: Group) -> float:
+def majority_correct(group: Group, vote_key: Callable[[str], str] = str.strip) -> float:
     """Whether the most frequent prediction of a group is right: 0 or 1, or the right share of tied predictions.
 
-    Predictions are compared as strings; samples without a prediction or a rule outcome do not vote. No votes: 0.
+    Predictions with one `vote_key` are one; merging right ones alone, which the rule knows to be equal, would favour
+    them. Samples without a prediction or a rule outcome do not vote. No votes: 0.
     """
     votes: dict[str, list[bool]] = {}
     for scored in group.samples:
         if scored.score.prediction is not None and scored.score.correct is not None:
-            votes.setdefault(scored.score.prediction, []).append(scored.score.correct)
+            votes.setdefault(vote_key(scored.score.prediction), []).append(scored.score.correct)
     most = max(map(len, votes.values()), default=0)
     return statistics.fmean([statistics.fmean(v) for v in votes.values() if len(v) == most] or [0.0])
 
@@ -111,22 +156,34 @@ def _checked(group: Group) -> list[bool]:
     return [s.score.correct for s in group.samples if s.score.correct is not None]
 
 
+def _judged(group: Group) -> list[Score]:
+    return [s.score for s in group.samples if s.score.correct and s.score.verdict is not None]
+
+
 def _score_metrics(samples: Sequence[ScoredSample]) -> dict[str, float]:
-    """Outcome shares. With c checked samples: beta = wrong / c; gamma and alpha split the right rest by the ratio found
-    among judged ones, so the three add to 1 and GenRM failures, which only right answers have, do not inflate beta."""
+    """Counts, and the share of right outcomes."""
     scores = [s.score for s in samples]
     reasons = Counter(score.unscored_reason for score in scores if score.unscored_reason is not None)
     metrics: dict[str, float] = {"score/samples": len(scores), "score/unscored": reasons.total()}
     metrics |= {f"score/unscored/{reason}": count for reason, count in sorted(reasons.items())}
     if scores:
         metrics["score/unscored_share"] = reasons.total() / len(scores)
-    checked = [score for score in scores if score.correct is not None]
+    checked = [score.correct for score in scores if score.correct is not None]
+    if checked:
+        metrics["score/accuracy"] = sum(checked) / len(checked)
+    return metrics
+
+
+def _flaw_metrics(samples: Sequence[ScoredSample]) -> dict[str, float]:
+    """Outcome shares. With c checked samples: beta = wrong / c; gamma and alpha split the right rest by the ratio found
+    among judged ones, so the three add to 1 and GenRM failures, which only right answers have, do not inflate beta."""
+    checked = [s.score for s in samples if s.score.correct is not None]
     right = [score for score in checked if score.correct]
     judged = [score for score in right if score.verdict is not None]
-    metrics["score/judged"] = len(judged)
+    metrics: dict[str, float] = {"score/judged": len(judged)}
     if not checked:
         return metrics
-    accuracy = metrics["score/accuracy"] = len(right) / len(checked)
+    accuracy = len(right) / len(checked)
     metrics["score/wrong_share"] = wrong_share = 1.0 - accuracy
     if judged:
         metrics["score/flawed_positive_ratio"] = sum(score.flawed for score in judged) / len(judged)

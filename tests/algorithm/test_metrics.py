@@ -127,6 +127,15 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, data):
     assert pass_at_k(n, right, k) == pytest.approx(statistics.fmean(hits))
 
 
+def test_pass_at_k_is_the_published_estimator():
+    """Chen et al. 2021: 1 - prod over i in n-c+1..n of (1 - k/i), and 1 when fewer than k samples are wrong."""
+    for n, right, k in itertools.product(range(1, 9), range(9), range(1, 9)):
+        if right <= n and k <= n:
+            some_wrong_subset = n - right >= k
+            product = math.prod(1 - k / i for i in range(n - right + 1, n + 1)) if some_wrong_subset else 0.0
+            assert pass_at_k(n, right, k) == pytest.approx(1 - product)
+
+
 @pytest.mark.parametrize(("n", "right", "k"), [(4, 1, 5), (4, 5, 2), (4, 1, 0)])
 def test_pass_at_k_refuses_what_is_undefined(n, right, k):
     with pytest.raises(ValueError, match="undefined"):
@@ -141,6 +150,25 @@ def test_majority_votes():
     assert majority_correct(group(sound, wrong, other)) == pytest.approx(1 / 3)  # a three-way tie
     assert majority_correct(group(sound, silent, silent, verifier_down)) == 1.0
     assert majority_correct(group(silent, verifier_down)) == 0.0
+
+
+def test_predictions_that_are_written_differently_are_one_vote_when_the_key_says_so():
+    halves = [dataclasses.replace(sound, prediction=p) for p in ("0.5", " 0.50")]
+    sixes = [dataclasses.replace(wrong, prediction=p) for p in ("6", "6")]
+    mixed = group(*halves, *sixes)
+    assert majority_correct(mixed) == 0.0
+    assert majority_correct(mixed, lambda text: str(float(text))) == 0.5  # a tie: right ones are merged no more eagerly
+    metrics = evaluation_metrics([mixed], lambda text: str(float(text)))
+    assert metrics["maj@4"] == 0.5
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_maj_at_k_against_counting(answers):
+    """k votes, most frequent answer wins; the expectation over a fair draw among tied ones."""
+    scores = [dataclasses.replace(sound if a == 0 else wrong, prediction=str(a)) for a in answers]
+    most = max(answers.count(a) for a in answers)
+    winners = {a for a in answers if answers.count(a) == most}
+    assert majority_correct(group(*scores)) == pytest.approx((0 in winners) / len(winners))
 
 
 def test_evaluation_metrics_of_a_hand_counted_set():
@@ -159,6 +187,8 @@ def test_evaluation_metrics_of_a_hand_counted_set():
         "pass@2": (1 - 1 / 6 + 1 + 0) / 3,
         "pass@4": 1.0,  # prompt c has only two checked samples
         "score/flawed_positive_ratio": 3 / 5,
+        # residuals flawed - ratio x judged of the prompts with a judged sample: 0 - 0.6 x 2 and 3 - 0.6 x 3
+        "score/flawed_positive_ratio_stderr": math.sqrt(2 / 1 * (1.2**2 + 1.2**2)) / 5,
         "response/tokens_mean": 10,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
