@@ -4,13 +4,16 @@ ARGS ?=
 # Spinning OpenMP threads of several processes on few cores cost a factor of ten.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint format constraints
+.PHONY: setup demo windtunnel test lint format constraints
 
 setup:
 	@PYTHON="$(PYTHON)" tools/setup $(EXTRA)
 
 demo: setup
 	.venv/bin/fapo demo $(ARGS)
+
+windtunnel: setup
+	.venv/bin/fapo bench windtunnel --out runs/windtunnel $(ARGS)
 
 test: setup
 	.venv/bin/pytest $(ARGS)

@@ -50,7 +50,7 @@ class Habits:
     nothing, which a reward for answers alone therefore never mends."""
 
 
-STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.35, quotient=0.2)
+STUDIED_HABITS = Habits(guess=0.1, jump=0.15, slip=0.35, quotient=0.45)
 """What the GenRM studies: more slips than the policy makes, because where nearly every written result is right, a GenRM
 learns to copy it in place of working it out."""
 

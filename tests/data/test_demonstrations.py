@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_fapo.data.demonstrations import (
     Habits,
+    critic_rows,
     genrm_sft_examples,
     habitual_solution,
     policy_sft_examples,
@@ -34,14 +35,39 @@ def test_policy_demonstrations_leave_room_for_reinforcement_learning():
             right += 1
             flawed += first_wrong_step(problem, solution) != -1
     assert 0.45 < right / len(examples) < 0.7
-    assert 0.25 < flawed / right < 0.45
+    assert 0.45 < flawed / right < 0.7
 
 
 def test_without_bad_habits_demonstrations_are_sound():
     for index in range(200):
         problem = make_problem(3, index)
-        text = habitual_solution(problem, random.Random(index), Habits(guess=0, jump=0, slip=0, jump_slip=0))
+        text = habitual_solution(problem, random.Random(index), Habits(0, 0, 0, 0, 0))
         assert text == write_solution(problem, SOUND, random.Random(0)).text
+
+
+def test_a_wrong_quotient_costs_no_answer():
+    careless = Habits(guess=0, jump=0, slip=0, jump_slip=0, quotient=1.0)
+    for index in range(100):
+        problem = make_problem(4, index)
+        text = habitual_solution(problem, random.Random(index), careless)
+        assert boxed(text) == problem.answer
+        # A quotient of 0 stays 0 when it would fall below.
+        assert first_wrong_step(problem, text) in {len(problem.operations) + 1, -1}
+
+
+def test_critic_rows_are_right_answers_half_of_them_flawed_with_the_oracles_label():
+    rows = list(critic_rows(400, 7, ask))
+    labels = [row["reward_model"]["ground_truth"] for row in rows]
+    assert 0.48 < sum(label == -1 for label in labels) / len(labels) < 0.52
+    places = set()
+    for row, label in zip(rows, labels, strict=True):
+        question, ground_truth, solution = row["prompt"][0]["content"].split("\n@@")
+        assert boxed(solution) == ground_truth == parse_question(question).answer
+        assert label == first_wrong_step(parse_question(question), solution)
+        assert row["extra_info"]["total_steps"] == len(split_paragraphs(solution))
+        places.add(label)
+    assert places >= {-1, 1, 2, 3}
+    assert rows[:50] == list(critic_rows(50, 7, ask))
 
 
 def test_examples_depend_on_their_arguments_only():
