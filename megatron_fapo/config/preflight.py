@@ -151,7 +151,7 @@ def _genrm_problems(config: Config, purpose: Purpose) -> list[str]:
 
 
 def _disk_problems(config: Config, parameters: int) -> list[str]:
-    keep = config.training.checkpoint.keep
+    keep = config.training.checkpoint.keep + (config.training.checkpoint.best_metric is not None)
     # One more than is kept: a checkpoint is complete before the oldest is deleted.
     need = parameters * CHECKPOINT_BYTES_PER_PARAMETER * (keep + 1)
     place = Path(config.run_dir).absolute()

@@ -195,10 +195,9 @@ RULES = (
         ("training.checkpoint.best_metric", "data.eval"),
         lambda c: (
             c.training.checkpoint.best_metric is not None
-            and c.training.checkpoint.best_metric.startswith("eval/")
-            and c.training.checkpoint.best_metric.split("/")[1] not in c.data.eval
+            and c.training.checkpoint.best_metric.split("/")[:2] not in [["eval", name] for name in c.data.eval]
         ),
-        "name a metric of an evaluation set of data.eval",
+        "name a metric eval/NAME/... of an evaluation set of data.eval",
         ("train",),
     ),
     Rule(

@@ -24,7 +24,8 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
     best_metric: str | None = None
-    """Also keep the checkpoint with the highest value of this metric, such as `eval/fpb/f1`, as checkpoints/best."""
+    """Also keep the checkpoint with the highest value of this metric, such as `eval/fpb/f1`, as checkpoints/best.
+    Only steps that are evaluated and saved can be chosen; of equal ones the earliest is."""
     best_max_tokens: float | None = Field(None, gt=0)
     """Token budget of the best checkpoint: mean response tokens of the same evaluation, at most."""
 

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_fapo.algorithm.metrics import mismatch_metrics, step_metrics
@@ -46,7 +47,7 @@ class Run:
     def __init__(self, config: Config, cursor: DataCursor, state: RunState, progress: Progress, metrics: MetricsWriter):
         self.config, self.cursor, self.state, self.progress, self.writer = config, cursor, state, progress, metrics
         self.dir = Path(config.run_dir)
-        self.checkpoints = Checkpoints(self.dir, config.training.checkpoint.keep)
+        self.checkpoints = Checkpoints(self.dir, config.training.checkpoint)
         self.saved_step = state.step if self.checkpoints.complete() else -1
         self.between_steps = True
         """False while the policy is being updated: its weights are then no step's."""
@@ -98,14 +99,14 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         await cluster.refit(run.state.weight_version)
     if run.state.step == 0 and cfg.evaluation.every_steps and sets:
         with run.phase("evaluate"):
-            evaluated = await stop.race(evaluate(config, cluster, sets))
-        run.write(0, evaluated)
+            run.state = replace(run.state, evaluation=await stop.race(evaluate(config, cluster, sets)))
+        run.write(0, run.state.evaluation)
 
     for step in range(run.state.step + 1, cfg.steps + 1):
         cluster.reward.begin_step(step)
         taken = run.cursor.take(cfg.prompts_per_step)
         groups = await stop.race(rollout(config, cluster, run, taken))
-        metrics = step_metrics(groups) | cluster.reward.metrics()
+        metrics = step_metrics(groups, config.reward.task) | cluster.reward.metrics()
         if cfg.log_samples_every_steps and step % cfg.log_samples_every_steps == 0:
             write_samples(run.dir, step, [s for group in groups for s in group.samples])
         refuse_unscored(groups, config.reward.max_unscored_share, step)
@@ -136,7 +137,8 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
                 metrics |= await cluster.refit(version)
             if sets and cfg.evaluation.every_steps and due(step, cfg.evaluation.every_steps, cfg.steps):
                 with run.phase("evaluate"):
-                    metrics |= await stop.race(evaluate(config, cluster, sets))
+                    run.state = replace(run.state, evaluation=await stop.race(evaluate(config, cluster, sets)))
+                metrics |= run.state.evaluation
             if due(step, cfg.checkpoint.every_steps, cfg.steps):
                 with run.phase("checkpoint"):
                     await run.save(cluster)
@@ -211,6 +213,19 @@ def due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
+def log_best(run: Run) -> None:
+    """Say at the end which checkpoint training.checkpoint.best_metric chose, or that it could choose none."""
+    cfg, best = run.config.training.checkpoint, run.checkpoints.best()
+    if best is not None:
+        log.info("best checkpoint by %s: %s", cfg.best_metric, best)
+    elif cfg.best_metric is not None:
+        budget = "" if cfg.best_max_tokens is None else f" and at most {cfg.best_max_tokens:g} response tokens"
+        text = "no best checkpoint: no step with a checkpoint was evaluated with a value of %s%s; let the periods of "
+        log.warning(
+            text + "training.evaluation and training.checkpoint meet, or change the choice", cfg.best_metric, budget
+        )
+
+
 def train_command(config: Config, *, resume: bool) -> int:
     """`fapo train`: returns the exit code."""
     return asyncio.run(_train(config, resume))
@@ -229,7 +244,9 @@ async def _train(config: Config, resume: bool) -> int:
     cursor = DataCursor(prompts.prompts, config.seed, config.data.shuffle)
     checkpoint, state = None, RunState(0, 0, cursor.state_dict())
     if resume:
-        checkpoint, state = Checkpoints(run_dir, config.training.checkpoint.keep).newest()
+        checkpoints = Checkpoints(run_dir, config.training.checkpoint)
+        checkpoints.tidy()
+        checkpoint, state = checkpoints.newest()
         try:
             cursor.load_state_dict(state.cursor)
         except ValueError as error:
@@ -260,6 +277,7 @@ async def _train(config: Config, resume: bool) -> int:
         except TooManyUnscoredError as error:
             log.error("%s", error)
             return 1
+    log_best(run)
     write_report([run_dir], run_dir / "report.html")
     log.info("done: %s", run_dir / "report.html")
     return 0

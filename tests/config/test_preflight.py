@@ -119,6 +119,11 @@ def test_no_room_for_checkpoints_is_said_with_the_remedy(good, tmp_path):
     (problem,) = found([*good, f"policy.model_path={model}"])
     assert "GiB free" in problem
     assert "training.checkpoint.keep" in problem
+    assert "2 checkpoints and one being written" in problem
+    data = good[1].removeprefix("data.train=[").removesuffix("]")
+    best = [f"data.eval.fpb={data}", "training.checkpoint.best_metric=eval/fpb/f1"]
+    (with_best,) = found([*good, *best, f"policy.model_path={model}"])
+    assert "3 checkpoints and one being written" in with_best
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

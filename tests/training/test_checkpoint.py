@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from megatron_fapo.config.training import CheckpointConfig
 from megatron_fapo.errors import UserError
-from megatron_fapo.training.checkpoint import Checkpoints, RunState
+from megatron_fapo.training.checkpoint import Checkpoints, RunState, best_step
+
+F1, TOKENS = "eval/fpb/f1", "eval/fpb/response/tokens_mean"
 
 
-def _save(checkpoints: Checkpoints, step: int) -> Path:
+def _save(checkpoints: Checkpoints, step: int, f1: float | None = None, tokens: float = 100.0) -> Path:
     (checkpoints.begin(step) / "weights").write_text(f"weights of {step}")
-    return checkpoints.finish(RunState(step, step + 1, {"offset": step * 8}))
+    evaluation = {} if f1 is None else {F1: f1, TOKENS: tokens, "eval/other/response/tokens_mean": 1.0}
+    return checkpoints.finish(RunState(step, step + 1, {"offset": step * 8}, evaluation))
+
+
+def _names(checkpoints: Checkpoints) -> list[str]:
+    return [path.name for path in checkpoints.complete()]
 
 
 def test_newest_is_what_was_saved_last_and_older_ones_go(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
     for step in (2, 4, 10):
         _save(checkpoints, step)
     assert [p.name for p in checkpoints.complete()] == ["step_000004", "step_000010"]
@@ -26,7 +38,7 @@ def test_newest_is_what_was_saved_last_and_older_ones_go(tmp_path: Path) -> None
 
 
 def test_an_interrupted_save_harms_nothing(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
     _save(checkpoints, 3)
     (checkpoints.begin(6) / "weights").write_text("half")  # and then the power went
     assert checkpoints.newest()[1].step == 3
@@ -37,10 +49,127 @@ def test_an_interrupted_save_harms_nothing(tmp_path: Path) -> None:
 
 def test_nothing_to_resume_from_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no complete checkpoint"):
-        Checkpoints(tmp_path, keep=1).newest()
+        Checkpoints(tmp_path, CheckpointConfig(keep=1)).newest()
 
 
 def test_no_place_for_checkpoints_is_said(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file where the directory should be")
     with pytest.raises(UserError, match="writable run_dir"):
-        Checkpoints(tmp_path, keep=1).begin(1)
+        Checkpoints(tmp_path, CheckpointConfig(keep=1)).begin(1)
+
+
+def test_the_best_step_is_within_the_budget_and_the_earliest_of_equal_ones() -> None:
+    found = {
+        40: {F1: 0.9, TOKENS: 500.0},
+        30: {F1: 0.8, TOKENS: 300.0},
+        10: {F1: 0.8, TOKENS: 200.0},
+        20: {F1: 0.5, TOKENS: 100.0},
+        50: {F1: float("nan"), TOKENS: 100.0},
+        60: {"eval/other/f1": 1.0},
+        70: {F1: 1.0, "eval/other/response/tokens_mean": 1.0},  # its own tokens are not known
+    }
+    assert best_step(found, F1, None) == 70
+    assert best_step(found, F1, 500) == 40
+    assert best_step(found, F1, 499) == 10
+    assert best_step(found, F1, 150) == 20
+    assert best_step(found, F1, 99) is None
+    assert best_step({}, F1, None) is None
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 9), st.tuples(st.integers(0, 3), st.integers(0, 3))), st.integers(0, 3))
+def test_no_better_step_within_the_budget_is_passed_over(found: dict[int, tuple[int, int]], limit: int) -> None:
+    chosen = best_step({s: {F1: f1, TOKENS: tokens} for s, (f1, tokens) in found.items()}, F1, limit)
+    allowed = {step: f1 for step, (f1, tokens) in found.items() if tokens <= limit}
+    assert chosen == min((s for s in allowed if allowed[s] == max(allowed.values())), default=None)
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, best_metric=F1, best_max_tokens=150))
+    link = tmp_path / "checkpoints" / "best"
+    _save(checkpoints, 1)
+    assert not link.is_symlink()
+    _save(checkpoints, 2, 0.6)
+    assert (_names(checkpoints), link.resolve().name) == (["step_000002"], "step_000002")
+    _save(checkpoints, 3, 0.5)
+    _save(checkpoints, 4, 0.9, tokens=200.0)  # over the budget
+    assert (_names(checkpoints), link.resolve().name) == (["step_000002", "step_000004"], "step_000002")
+    assert (link / "weights").read_text() == "weights of 2"
+    assert checkpoints.newest()[1].step == 4  # a resumed run goes on from here
+    _save(checkpoints, 5, 0.7)
+    assert (_names(checkpoints), link.resolve().name) == (["step_000005"], "step_000005")
+    _save(checkpoints, 6)
+    resumed = Checkpoints(tmp_path, CheckpointConfig(keep=1, best_metric=F1, best_max_tokens=150))
+    assert resumed.best() == link.resolve()
+    _save(resumed, 7, 0.6)
+    assert (_names(resumed), link.resolve().name) == (["step_000005", "step_000007"], "step_000005")
+
+
+def test_no_best_when_none_is_wanted_or_none_will_do(tmp_path: Path) -> None:
+    wanted = CheckpointConfig(keep=1, best_metric=F1, best_max_tokens=50)
+    for config in (CheckpointConfig(keep=1), wanted):
+        checkpoints = Checkpoints(tmp_path, config)
+        _save(checkpoints, 1, 0.9)
+        _save(checkpoints, 2, 0.1)
+        assert (checkpoints.best(), _names(checkpoints)) == (None, ["step_000002"])
+        assert not (tmp_path / "checkpoints" / "best").is_symlink()
+
+
+class PowerCut(BaseException):
+    """Ends a save wherever it is."""
+
+
+@pytest.mark.parametrize("cut_at", range(12))
+@pytest.mark.parametrize("new_f1", [0.2, 0.9])
+def test_a_save_cut_off_anywhere_leaves_the_newest_and_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut_at: int, new_f1: float
+) -> None:
+    """Every change that `finish` makes to the file system is where the power goes once, a removal half way through."""
+    config = CheckpointConfig(keep=1, best_metric=F1)
+    checkpoints = Checkpoints(tmp_path, config)
+    for step, f1 in ((1, 0.8), (2, 0.3)):
+        _save(checkpoints, step, f1)
+    assert _names(checkpoints) == ["step_000001", "step_000002"]
+    left = cut_at
+
+    def cut(original: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == -1:
+                if original is rmtree:
+                    (Path(args[0]) / "weights").unlink(missing_ok=True)
+                raise PowerCut
+            return original(*args, **kwargs)
+
+        return run
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        for owner, name in ((Path, "rename"), (Path, "replace"), (Path, "symlink_to"), (Path, "unlink")):
+            patch.setattr(owner, name, cut(getattr(owner, name)))
+        patch.setattr(shutil, "rmtree", cut(rmtree))
+        try:
+            _save(checkpoints, 3, new_f1)
+        except PowerCut:
+            pass
+        else:
+            assert cut_at > 6, "nothing was cut: this case tests nothing"
+
+    link = tmp_path / "checkpoints" / "best"
+    after = Checkpoints(tmp_path, config)
+    newest, state = after.newest()
+    assert state.step in (2, 3)
+    assert all((path / "weights").read_text() == f"weights of {int(path.name[5:])}" for path in after.complete())
+    assert (link / "weights").is_file(), "best points to something that is gone"
+    assert after.best() is not None
+    after.tidy()  # what a resumed run begins with
+    assert (
+        link.resolve()
+        == after.best()
+        == tmp_path / "checkpoints" / f"step_{3 if state.step == 3 and new_f1 > 0.8 else 1:06d}"
+    )
+    assert newest in after.complete()
+    _save(after, 4, 0.1)
+    assert len(after.complete()) == 2
+    assert sorted(p.name for p in link.parent.iterdir()) == ["best", *_names(after)]
