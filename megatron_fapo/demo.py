@@ -11,6 +11,7 @@ The two models it starts from lie in examples/models. `fapo demo --rebuild` make
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -75,7 +76,7 @@ def _build_models(out: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
     demonstrations = {
         "policy": policy_sft_examples(POLICY_ROWS, SEED + 1),
-        "genrm": genrm_sft_examples(GENRM_ROWS, SEED + 2, _tagged),
+        "genrm": genrm_sft_examples(GENRM_ROWS, SEED + 2, functools.partial(judge_messages, form="tagged")),
     }
     warmups = []
     for name, examples in demonstrations.items():
@@ -103,10 +104,6 @@ def _build_models(out: Path) -> None:
     for name in demonstrations:  # only now that both are there
         shutil.rmtree(MODELS / name, ignore_errors=True)
         shutil.copytree(work / f"{name}-hf", MODELS / name)
-
-
-def _tagged(question: str, ground_truth: str, solution: str) -> list[dict[str, str]]:
-    return judge_messages(question, ground_truth, solution, "tagged")
 
 
 def _start(log: Path, *arguments: object) -> tuple[subprocess.Popen[bytes], Path]:

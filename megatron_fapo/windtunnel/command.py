@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -118,13 +119,16 @@ async def _prepare(out: Path, *, critic: bool) -> None:
     base = out / "critic-base"
     if not critic:
         return
-    write_prompts(out / "data" / "critic.jsonl", critic_rows(CRITIC_ROWS, DATA_SEED + 1, _tagged))
+    write_prompts(
+        out / "data" / "critic.jsonl",
+        critic_rows(CRITIC_ROWS, DATA_SEED + 1, functools.partial(judge_messages, form="tagged")),
+    )
     if (base / "config.json").is_file():
         return
     _say(f"warming up a GenRM for {CRITIC_WARMUP_STEPS} updates: good enough to find flaws, not to place them")
     init_tiny_model(out / "critic-init", DATA_SEED, num_hidden_layers=2)
     demonstrations = out / "data" / "critic_warmup.jsonl"
-    rows = genrm_sft_examples(CRITIC_WARMUP_ROWS, DATA_SEED + 2, _tagged)
+    rows = genrm_sft_examples(CRITIC_WARMUP_ROWS, DATA_SEED + 2, functools.partial(judge_messages, form="tagged"))
     write_prompts(demonstrations, ({"messages": messages, "response": response} for messages, response in rows))
     run = out / "critic-warmup"
     arguments = ["warmup", "-c", str(EXAMPLES / "tiny_warmup_genrm.yaml"), "--data", str(demonstrations)]
@@ -134,10 +138,6 @@ async def _prepare(out: Path, *, critic: bool) -> None:
     code = await _fapo([*arguments, "--out", str(base), *overrides], out / "critic-warmup.log")
     if code != 0:
         raise UserError(f"the GenRM's warm-up ended with exit code {code}: see {out}/critic-warmup.log")
-
-
-def _tagged(question: str, ground_truth: str, solution: str) -> list[dict[str, str]]:
-    return judge_messages(question, ground_truth, solution, "tagged")
 
 
 def refuse_other_settings(runs: Sequence[Run], tunnel: Tunnel) -> None:
