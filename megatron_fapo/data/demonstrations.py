@@ -8,11 +8,13 @@ learns critiques that work every paragraph out anew, set it beside what is writt
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_fapo.data.critic import critic_row
 from megatron_fapo.data.datasets import INSTRUCTION
 from megatron_fapo.data.oracle import facts, first_wrong_step, split_paragraphs
 from megatron_fapo.data.solutions import (
@@ -135,7 +137,10 @@ def genrm_sft_examples(
 
 def critic_rows(n: int, seed: int, prompt_builder: PromptBuilder) -> Iterator[dict[str, Any]]:
     """n rows in FAPO-Critic's schema: right answers only, half of them sound, the others flawed by habit or by plan."""
-    for index in range(n):
+    seen: set[tuple[str, str]] = set()
+    for index in itertools.count():
+        if len(seen) == n:
+            return
         problem = make_problem(seed, index)
         rng = random.Random(f"critic/{seed}/{index}")
         solution = write_solution(problem, SOUND if index % 2 else FLAWED_POSITIVE, rng).text
@@ -144,13 +149,19 @@ def critic_rows(n: int, seed: int, prompt_builder: PromptBuilder) -> Iterator[di
             if habitual.endswith(f"{{{problem.answer}}}.") and first_wrong_step(problem, habitual) != -1:
                 solution = habitual
                 break
-        yield {
-            "data_source": "fapo_critic",
-            "prompt": prompt_builder(problem.question, problem.answer, solution),
-            "ability": "math_critic",
-            "reward_model": {"style": "rule", "ground_truth": first_wrong_step(problem, solution)},
-            "extra_info": {"index": index, "split": "train", "total_steps": len(split_paragraphs(solution))},
-        }
+        # The domain is small: problems come twice, and a critic's dataset refuses a prompt that does.
+        if (problem.question, solution) in seen:
+            continue
+        seen.add((problem.question, solution))
+        yield critic_row(
+            "fapo_critic",
+            prompt_builder(problem.question, problem.answer, solution),
+            first_wrong_step(problem, solution),
+            len(split_paragraphs(solution)),
+            question_index=index,
+            split="train",
+            index=index,
+        )
 
 
 def _stated(paragraph: str) -> str:

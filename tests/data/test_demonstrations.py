@@ -70,6 +70,11 @@ def test_critic_rows_are_right_answers_half_of_them_flawed_with_the_oracles_labe
     assert rows[:50] == list(critic_rows(50, 7, ask))
 
 
+def test_critic_rows_never_repeat_a_prompt():
+    prompts = [row["prompt"][0]["content"] for row in critic_rows(3000, 12, ask)]
+    assert len({*prompts}) == len(prompts) == 3000
+
+
 def test_examples_depend_on_their_arguments_only():
     assert policy_sft_examples(50, seed=1) == policy_sft_examples(60, seed=1)[:50]
     assert policy_sft_examples(50, seed=1) != policy_sft_examples(50, seed=2)
