@@ -14,6 +14,7 @@ from megatron_fapo.cli import main
 from megatron_fapo.config import Config
 from megatron_fapo.config.load import leaves, load_config
 from megatron_fapo.config.preflight import preflight
+from megatron_fapo.data.prepare import SETS
 from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -266,6 +267,15 @@ def test_layouts_fill_whole_nodes(name, elsewhere):
     engines = config.rollout.replicas * config.rollout.tensor_parallel
     assert config.policy.parallel.world_size + engines + servers == GPUS[name]
     assert config.policy.parallel.world_size % 8 == engines % 8 == servers % 8 == 0
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_data_prepare_writes_what_the_recipes_read(name):
+    written = {f"{s}{part}" for s, spec in SETS.items() for part in ([""] if spec.split else ["-train", "-test"])}
+    config = load(name)
+    for path in (*config.data.train, *config.data.eval.values()):
+        assert Path(path).stem in written
+        assert path == f"data/{Path(path).stem}.parquet"
 
 
 @pytest.mark.parametrize("name", POLICIES)
