@@ -6,7 +6,6 @@ python benchmarks/testbed_demonstrations.py OUT [--rows N] [--seed N]    # OUT/p
 from __future__ import annotations
 
 import argparse
-import functools
 from pathlib import Path
 
 from megatron_fapo.data.datasets import write_prompts
