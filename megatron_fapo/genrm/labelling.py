@@ -202,7 +202,8 @@ def make_rows(
         if item is None or now is State.WRONG:
             continue
         if now is not State.AGREED:
-            dropped[drop_reason(item) or (item.failures[-1] if item.failures else now.value)] += 1
+            unfinished = now in (State.OPEN, State.UNVERIFIED) and bool(item.failures)
+            dropped[drop_reason(item) or (item.failures[-1] if unfinished else now.value)] += 1
         elif (draw.prompt.question, item.text) in seen:
             dropped["duplicate"] += 1
         else:

@@ -95,7 +95,7 @@ def test_rows_are_critic_rows_and_only_of_agreement() -> None:
     agreed, disagreed, failed, wrong = DRAWS[:4]
     items = {
         agreed.key: judged(agreed, 1, 1, 1),
-        disagreed.key: judged(disagreed, 1, -1),
+        disagreed.key: judged(disagreed, 1, -1, failures=("genrm_deadline",)),  # before it was asked again
         failed.key: judged(failed, -1, -1, failures=("genrm_deadline",)),
         wrong.key: Item(wrong.key, SOLUTION, 20, False),
     }
