@@ -195,7 +195,7 @@ def make_rows(
     votes = config.labelling.votes
     dropped: Counter[str] = Counter()
     agreed: list[tuple[Draw, Item]] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for draw in draws:
         item = items.get(draw.key)
         now = State.WRONG if item is None else state(item, votes)
@@ -204,10 +204,10 @@ def make_rows(
         if now is not State.AGREED:
             unfinished = now in (State.OPEN, State.UNVERIFIED) and bool(item.failures)
             dropped[drop_reason(item) or (item.failures[-1] if unfinished else now.value)] += 1
-        elif (draw.prompt.question, item.text) in seen:
-            dropped["duplicate"] += 1
+        elif (asked := _judge_prompt(draw, item)[0]["content"]) in seen:
+            dropped["duplicate"] += 1  # a critic's dataset refuses a prompt that comes twice
         else:
-            seen.add((draw.prompt.question, item.text))
+            seen.add(asked)
             agreed.append((draw, item))
 
     kept = _drawn(config, agreed, dropped)
@@ -234,13 +234,17 @@ def _drawn(config: Config, agreed: Sequence[tuple[Draw, Item]], dropped: Counter
     return {key for keys in classes for key in keys[:most]}
 
 
+def _judge_prompt(draw: Draw, item: Item) -> list[dict[str, str]]:
+    return judge_messages(draw.prompt.question, draw.prompt.ground_truth, item.text, "tagged")
+
+
 def _seed(config: Config, draw: Draw, more: str = "") -> int:
     key = draw.sample_key
     return sample_seed(config.seed, key._replace(prompt_id=more + key.prompt_id))
 
 
 def _row(config: Config, draw: Draw, item: Item, question_index: int, index: int) -> dict[str, Any]:
-    prompt, votes, sampler = draw.prompt, item.votes[: config.labelling.votes], samplers(config)[draw.key.sampler]
+    votes, sampler = item.votes[: config.labelling.votes], samplers(config)[draw.key.sampler]
     provenance = {
         "sampler": draw.key.sampler,
         "model": sampler.model_path or sampler.model,
@@ -254,7 +258,7 @@ def _row(config: Config, draw: Draw, item: Item, question_index: int, index: int
     }
     return critic_row(
         "fapo_critic",
-        judge_messages(prompt.question, prompt.ground_truth, item.text, "tagged"),
+        _judge_prompt(draw, item),
         votes[0].index,
         len(split_paragraphs(item.text)),
         question_index=question_index,

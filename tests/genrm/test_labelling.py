@@ -140,7 +140,8 @@ def test_balance_max_per_question_and_duplicates() -> None:
     assert {row["extra_info"]["provenance"]["sample_index"] for row in limited} - {0, 1}
     shuffled = dict(random.Random(1).sample(list(items.items()), len(items)))
     assert make_rows(with_labelling(balance=True), draws, shuffled)[0] == rows
-    same = {draw.key: judged(draw, -1, -1, -1, text=SOLUTION) for draw in draws}
+    # Other white space between paragraphs makes no other prompt.
+    same = {d.key: judged(d, -1, -1, -1, text=SOLUTION + "\n" * d.key.sample_index) for d in draws}
     assert make_rows(CONFIG, draws, same)[1] == {"duplicate": 42}
 
 
