@@ -120,10 +120,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from megatron_fapo.observe.report import write_report
+    from megatron_fapo.observe.comparison import as_text
+    from megatron_fapo.observe.report import evaluation_table, write_report
 
     out = args.out or args.runs[0] / "report.html"
     write_report(args.runs, out)
+    if table := evaluation_table(args.runs):
+        print(as_text(table))
     print(out)
     return 0
 

@@ -140,7 +140,7 @@ def test_config_show_and_diff(run_file, capsys):
 def test_report_writes_beside_the_run(tmp_path, capsys):
     run = make_run(tmp_path / "a", steps=2)
     assert cli.main(["report", str(run)]) == 0
-    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert capsys.readouterr().out.endswith(f"\n{run / 'report.html'}\n")
     assert (run / "report.html").stat().st_size > 10_000
     assert cli.main(["report", str(tmp_path)]) == 2
     assert "no metrics.jsonl" in capsys.readouterr().err

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_fapo.observe.comparison import half_width
+
 PALETTE = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#ec4899", "#14b8a6", "#84cc16", "#f97316", "#64748b")
 _STYLES = ("-", "--", ":", "-.")
 _INK = "#010203"
@@ -74,6 +76,19 @@ PLOTS = (
         "Learning progress", "Sound / wrong. Above 1, flawed positives are pushed down.", ("score/learning_progress",)
     ),
     Plot("Response length", "Tokens.", ("response/tokens_mean", "response/tokens_p95", "response/tokens_max")),
+    Plot(
+        "Critic: flaws found",
+        "Of calling a solution flawed; evaluation sets: F1.",
+        ("critic/precision", "critic/recall", "critic/f1", "eval/*/f1"),
+        True,
+    ),
+    Plot(
+        "Critic: place of the flaw",
+        "Distance from the true paragraph, in parts of the solution; flaws found only.",
+        ("critic/localisation_error", "eval/*/localisation_error"),
+        True,
+    ),
+    Plot("ProcessBench F1", "Mean over subsets.", ("critic/processbench_f1", "eval/*/processbench_f1"), True),
     Plot("GenRM latency", "Seconds for one verdict, retries included.", ("genrm/latency_*_s",)),
     Plot("Unscored samples", "By reason. They leave statistics and loss.", ("score/unscored/*",), smooth=False),
     Plot(
@@ -86,6 +101,13 @@ PLOTS = (
     Plot("Policy entropy", "Mean over response tokens, nats.", ("policy/entropy",)),
     Plot("Gradient norm", "Before clipping.", ("policy/grad_norm",)),
 )
+
+
+HEADLINES = (
+    *("avg@*", "maj@*[0-9]", "pass@*", "score/flawed_positive_ratio"),
+    *("precision", "recall", "f1", "processbench_f1", "exact_accuracy", "localisation_error"),
+)
+"""What the bars of an evaluation set show, after `eval/<set>/`; a set has the first four or the others."""
 
 
 def draw(plot: Plot, runs: Mapping[str, Metrics]) -> str | None:
@@ -144,6 +166,31 @@ def draw_phases(title: str, metrics: Metrics) -> str | None:
         return _svg(figure, title)
 
 
+def draw_evaluation(evaluations: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    """(evaluation set, SVG) for each set: its headline metrics as bars with 95 % intervals, a colour for each run."""
+    names = {name for found in evaluations.values() for name in found}
+    figures = []
+    for chosen in sorted({name.split("/")[1] for name in names}):
+        prefix = f"eval/{chosen}/"
+        shown = [n for p in HEADLINES for n in sorted(names) if fnmatch.fnmatchcase(n, prefix + p) and "_std" not in n]
+        with matplotlib.rc_context({**_RC, "svg.hashsalt": chosen}):
+            figure, axes = _axes("")
+            for order, (run, found) in enumerate(evaluations.items()):
+                bars = [(place, name) for place, name in enumerate(shown) if name in found]
+                places = [place + (order - (len(evaluations) - 1) / 2) * 0.8 / len(evaluations) for place, _ in bars]
+                widths = [half_width(found, name) or 0.0 for _, name in bars]
+                colour, size = PALETTE[order % len(PALETTE)], 0.8 / len(evaluations)
+                heights = [found[name] for _, name in bars]
+                axes.bar(places, heights, size, yerr=widths, color=colour, label=run, ecolor=_INK, capsize=2)
+            labels = [name.removeprefix(prefix).removeprefix("score/").replace("_", " ") for name in shown]
+            axes.set_xticks(range(len(shown)), labels, rotation=20, ha="right")
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+            if len(evaluations) > 1:
+                axes.legend(loc="best")
+            figures.append((chosen, _svg(figure, f"Evaluation {chosen}")))
+    return figures
+
+
 def _matches(pattern: str, runs: Mapping[str, Metrics]) -> list[tuple[str, str]]:
     """(metric name, label) of the metrics that the pattern names, each once, in order of name. The label is what one
     `*` stands for, or the last part of a name without one."""
@@ -174,12 +221,12 @@ def _line(
     axes.plot(steps, means, style, color=colour, label=label, linewidth=1.8)
 
 
-def _axes() -> tuple[Figure, Axes]:
+def _axes(label: str = "step") -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 2.7), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(True, color=_INK, alpha=0.12, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("step")
+    axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
 

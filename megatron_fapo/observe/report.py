@@ -6,7 +6,7 @@ import difflib
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -15,10 +15,14 @@ from typing import Any
 import yaml
 
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.comparison import Table, as_html, comparison
 from megatron_fapo.observe.files import write_atomically
-from megatron_fapo.observe.metrics import read_metrics
-from megatron_fapo.observe.plots import PALETTE, PLOTS, draw, draw_phases
-from megatron_fapo.observe.samples import sample_steps
+from megatron_fapo.observe.metrics import FILE, read_metrics
+from megatron_fapo.observe.plots import PALETTE, PLOTS, draw, draw_evaluation, draw_phases
+from megatron_fapo.observe.samples import evaluation_samples, sample_steps
+
+EVALUATION = "evaluation.json"
+"""What `fapo evaluate` leaves in its run directory."""
 
 SAMPLE_BYTES = 8 << 20
 """Most bytes of samples in one report, over all its runs; browsers stay quick up to here."""
@@ -42,22 +46,27 @@ class _Run:
     path: Path
     metrics: list[dict[str, float]]
     config: str
-    """Text of config.yaml, empty when the directory has none."""
+    """Text of config.yaml, or what the evaluation ran with; empty when the directory has neither."""
+    evaluation: dict[str, float]
+    """`eval/...` of `fapo evaluate`, or of the last evaluated step of a run; empty without one."""
+    evaluated: str
+    """What was evaluated, in words."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path) -> None:
     """Write the report of the runs in `run_dirs` to `out`; several runs are overlaid in each plot.
 
-    Raises UserError when a directory has no metrics. Whatever else is missing leaves its part of the report out.
+    A directory is that of a run, of `fapo evaluate`, or of both. Raises UserError when one has no metrics. Whatever
+    else is missing leaves its part of the report out.
     """
-    runs = [_read(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
+    runs = _read_all(run_dirs)
     title = " and ".join(run.name for run in runs)
     samples, stated = _samples(runs)
     parts = {
         "TITLE": html.escape(title),
         "RUNS": "".join(_chip(order, run) for order, run in enumerate(runs)),
-        "TILES": "".join(filter(None, (_tile(*tile, runs) for tile in TILES))),
-        "PLOTS": _plots(runs),
+        "EVALUATION": _evaluation(runs),
+        "CURVES": _curves(runs),
         "CONFIG": _config(runs),
         "STATED": html.escape(stated),
         # `<` never appears raw, so no text of a model can end the script element or open a comment in it.
@@ -68,11 +77,30 @@ def write_report(run_dirs: Sequence[Path], out: Path) -> None:
     write_atomically(out, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template))
 
 
+def evaluation_table(run_dirs: Sequence[Path]) -> Table:
+    """The evaluations of the directories side by side; empty when none has one. Raises as write_report does."""
+    return comparison(_evaluations(_read_all(run_dirs)))
+
+
+def _read_all(run_dirs: Sequence[Path]) -> list[_Run]:
+    return [_read(path, name) for path, name in zip(run_dirs, _names(run_dirs), strict=True)]
+
+
 def _read(path: Path, name: str) -> _Run:
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory")
-    config = path / "config.yaml"
-    return _Run(name, path, read_metrics(path), config.read_text(encoding="utf-8") if config.is_file() else "")
+    file, text = path / EVALUATION, path / "config.yaml"
+    config = text.read_text(encoding="utf-8") if text.is_file() else ""
+    metrics = read_metrics(path) if not file.is_file() or (path / FILE).is_file() else []
+    if file.is_file():
+        result = json.loads(file.read_text(encoding="utf-8"))
+        found, evaluated = result["metrics"], f"evaluation of {result['model']}"
+        config = config or yaml.safe_dump(result["config"], sort_keys=False)
+    else:
+        found = next((record for record in reversed(metrics) if any(key.startswith("eval/") for key in record)), {})
+        evaluated = f"evaluation at step {found['step']:.0f}" if found else ""
+    evaluation = {key: value for key, value in found.items() if key.startswith("eval/")}
+    return _Run(name, path, metrics, config, evaluation, evaluated)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -89,9 +117,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _chip(order: int, run: _Run) -> str:
     steps = run.metrics[-1]["step"] if run.metrics else 0
     seconds = sum(record.get("phase_s/total", 0.0) for record in run.metrics)
-    facts = [f"{steps:.0f} steps"] + (
-        [f"{seconds / 3600:.2f} h" if seconds > 3600 else f"{seconds:.0f} s"] * (seconds > 0)
-    )
+    facts = [f"{steps:.0f} steps"] * bool(run.metrics)
+    facts += [f"{seconds / 3600:.2f} h" if seconds > 3600 else f"{seconds:.0f} s"] * (seconds > 0)
+    facts += [html.escape(run.evaluated)] * bool(run.evaluated)
     colour = f'<i style="background:{PALETTE[order % len(PALETTE)]}"></i>'
     return f'<span class="chip">{colour}<b>{html.escape(run.name)}</b> {", ".join(facts)}</span>'
 
@@ -109,12 +137,38 @@ def _tile(title: str, metric: str, form: str, runs: Sequence[_Run]) -> str:
     return f'<div class="tile"><h3>{title}</h3>{"".join(rows)}</div>' if rows else ""
 
 
+def _evaluation(runs: Sequence[_Run]) -> str:
+    table = as_html(comparison(_evaluations(runs)))
+    if not table:
+        return ""
+    figures = _figures((name, "With 95 % intervals.", svg) for name, svg in draw_evaluation(_evaluations(runs)))
+    note = "± is half of a 95 % interval over prompts; * marks differences larger than it."
+    return f'<h2>Evaluation</h2><section class="plots">{figures}</section><p class="dim">{note}</p>{table}'
+
+
+def _evaluations(runs: Sequence[_Run]) -> dict[str, dict[str, float]]:
+    return {run.name: run.evaluation for run in runs}
+
+
+def _curves(runs: Sequence[_Run]) -> str:
+    if not any(run.metrics for run in runs):
+        return ""
+    tiles = "".join(filter(None, (_tile(*tile, runs) for tile in TILES)))
+    note = "Tiles: mean of the first tenth of the steps → mean of the last tenth."
+    parts = f'<section class="tiles">{tiles}</section><p class="dim">{note}</p>'
+    return f'{parts}<h2>Curves</h2><section class="plots">{_plots(runs)}</section>'
+
+
 def _plots(runs: Sequence[_Run]) -> str:
     series = {run.name: run.metrics for run in runs}
     figures = [(plot.title, plot.note, draw(plot, series)) for plot in PLOTS]
     for run in runs:
         title = "Phase times" if len(runs) == 1 else f"Phase times: {run.name}"
         figures.append((title, "Seconds of each step.", draw_phases(title, run.metrics)))
+    return _figures(figures)
+
+
+def _figures(figures: Iterable[tuple[str, str, str | None]]) -> str:
     return "".join(
         f"<figure><figcaption><b>{html.escape(title)}</b> {html.escape(note)}</figcaption>{svg}</figure>"
         for title, note, svg in figures
@@ -145,18 +199,20 @@ def _samples(runs: Sequence[_Run]) -> tuple[list[dict[str, Any]], str]:
     chosen: list[dict[str, Any]] = []
     shown = there = 0
     for run in runs:
-        files = sample_steps(run.path)
-        picked = _evenly(list(files), SAMPLE_STEPS)
+        steps, sets = sample_steps(run.path), evaluation_samples(run.path)
+        picked = {*_evenly(list(steps), SAMPLE_STEPS), *sets}
         budget = SAMPLE_BYTES // len(runs) // max(1, len(picked))
         kept: list[dict[str, Any]] = []
-        for step, path in files.items():
+        for step, path in [*steps.items(), *sets.items()]:
             records, count = _within(path, budget if step in picked else 0)
             there += count
             if step in picked:
                 kept.append({"step": step, "samples": records})
                 shown += len(records)
-        form = (yaml.safe_load(run.config or "{}") or {}).get("genrm", {}).get("prompt_form")
-        chosen.append({"run": run.name, "paragraphs": form == "tagged", "steps": kept})
+        config = yaml.safe_load(run.config or "{}") or {}
+        tagged = config.get("genrm", {}).get("prompt_form") == "tagged"
+        critic = config.get("reward", {}).get("task") == "critic"
+        chosen.append({"run": run.name, "paragraphs": tagged, "critic": critic, "steps": kept})
     limit = f"at most {SAMPLE_STEPS} steps of a run and {SAMPLE_BYTES >> 20} MiB"
     rest = "" if shown == there else f" ({limit}; the rest is in samples/ of the run directory)"
     return chosen, f"{shown:,} of {there:,} recorded samples are in this file{rest}."

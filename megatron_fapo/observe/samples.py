@@ -22,6 +22,18 @@ def sample_steps(run_dir: Path) -> dict[int, Path]:
     return {int(path.stem.removeprefix("step_")): path for path in sorted((run_dir / "samples").glob("step_*.jsonl"))}
 
 
+def write_evaluation_samples(run_dir: Path, name: str, samples: Iterable[ScoredSample]) -> Path:
+    """Write `samples/eval_<name>.jsonl`, the samples of an evaluation set, whole or not at all; returns its path."""
+    path = run_dir / "samples" / f"eval_{name}.jsonl"
+    write_atomically(path, "".join(json_line(sample_record(sample)) for sample in samples))
+    return path
+
+
+def evaluation_samples(run_dir: Path) -> dict[str, Path]:
+    """Evaluation set -> file of samples."""
+    return {path.stem.removeprefix("eval_"): path for path in sorted((run_dir / "samples").glob("eval_*.jsonl"))}
+
+
 def read_samples(run_dir: Path, step: int) -> list[dict[str, Any]]:
     """The records that `write_samples` wrote for a step."""
     return read_json_lines(run_dir / "samples" / f"step_{step:06d}.jsonl")
