@@ -28,7 +28,7 @@ class OptimizerConfig(Section):
     lr: float = Field(1e-6, gt=0)
     """Peak learning rate of AdamW."""
     warmup_steps: int = Field(10, ge=0)
-    """Optimizer updates of linear warm-up from 0; the first update has learning rate 0, as in the recipe."""
+    """Optimizer updates of linear warm-up from 0; the first update has learning rate 0."""
     schedule: str = Field("constant", pattern="^(constant|cosine|linear)$")
     """Shape after warm-up; cosine and linear reach min_lr at decay_steps."""
     decay_steps: int | None = Field(None, gt=0)

@@ -38,7 +38,7 @@ ALL = {
     "policy.parallel.pipeline": 1,
     "policy.parallel.sequence_parallel": True,
     "policy.optimizer.lr": 1e-6,
-    "policy.optimizer.warmup_steps": 10,
+    "policy.optimizer.warmup_steps": 160,
     "policy.optimizer.schedule": "constant",
     "policy.optimizer.weight_decay": 0.1,
     "policy.optimizer.beta1": 0.9,
