@@ -16,7 +16,8 @@ from typing import Any
 
 from megatron_fapo.data.critic import critic_row
 from megatron_fapo.data.datasets import INSTRUCTION
-from megatron_fapo.data.oracle import facts, first_wrong_step, split_paragraphs
+from megatron_fapo.data.oracle import facts, first_wrong_step
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.solutions import (
     FLAWED_POSITIVE,
     SOUND,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.testbed import GAINS, LOSSES, NAMES, OBJECTS, Problem, parse_question
 
 _NUMBER = r"0*([0-9]{1,9})"
@@ -18,11 +19,6 @@ _BOX = re.compile(rf"\\boxed\{{\s*{_NUMBER}\s*\}}")
 _STEP = re.compile(rf"{_NUMBER}\s*([+-])\s*{_NUMBER}\s*=\s*{_NUMBER}")
 _DIVISION = re.compile(rf"{_NUMBER}\s*=\s*{_NUMBER}\s*[*×]\s*{_NUMBER}\s*\+\s*{_NUMBER}")
 _WORDS = re.compile(r"\b(?:" + "|".join(GAINS + LOSSES + NAMES + OBJECTS) + r")\b")
-
-
-def split_paragraphs(text: str) -> list[str]:
-    """The steps of a solution: its non-empty blocks between blank lines, stripped."""
-    return [paragraph for block in text.split("\n\n") if (paragraph := block.strip())]
 
 
 def facts(paragraph: str) -> list[str]:

@@ -23,11 +23,12 @@ from typing import Any
 import aiohttp
 
 from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.pool import Effect, ServerPool
-from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages, split_paragraphs
+from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages
 from megatron_fapo.genrm.transport import Answer, Failure, FailureKind, ask, list_models
 from megatron_fapo.genrm.verdict import Reason, Unscored, parse_verdict
 

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from megatron_fapo.config.root import Config, samplers
 from megatron_fapo.data.critic import critic_row
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.records import Prompt, SampleKey, Verdict
-from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages, split_paragraphs
+from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages
 from megatron_fapo.genrm.rules import RuleResult
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from megatron_fapo.rollout.sampling import sample_seed

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from megatron_fapo.data.paragraphs import split_paragraphs
+
 CHARS_PER_TOKEN = 3.0
 """Of mathematics, roughly. For estimates, and for whether max_tokens is sent: the server's own count says what fits."""
 
@@ -55,11 +57,6 @@ def neutralise(text: str) -> str:
     tokens, and the soft switches `/think` and `/no_think`. Instructions in plain words cannot be recognised and stay.
     """
     return _POSING.sub(lambda match: _ESCAPES[match.group()], text)
-
-
-def split_paragraphs(solution: str) -> list[str]:
-    """The paragraphs that a verdict's index counts: split at empty lines, trimmed, empty ones left out."""
-    return [stripped for part in solution.split("\n\n") if (stripped := part.strip())]
 
 
 def judge_messages(question: str, ground_truth: str, solution: str | Sequence[str], form: str) -> list[dict[str, str]]:

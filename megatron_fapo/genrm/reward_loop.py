@@ -16,11 +16,11 @@ from typing import Any
 from megatron_fapo.algorithm.reward import critic_reward, fapo_reward, overlong_penalty, step_ratio_reward
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import RewardConfig
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.records import Sample, Score, ScoredSample
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.judge_function import FunctionJudge
-from megatron_fapo.genrm.prompts import split_paragraphs
 from megatron_fapo.genrm.verdict import Unscored, parse_verdict
 from megatron_fapo.genrm.verifier import Verifier
 

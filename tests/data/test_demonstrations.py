@@ -13,7 +13,8 @@ from megatron_fapo.data.demonstrations import (
     policy_sft_examples,
     write_critique,
 )
-from megatron_fapo.data.oracle import first_wrong_step, split_paragraphs
+from megatron_fapo.data.oracle import first_wrong_step
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.solutions import FLAWED_POSITIVE, SOUND, WRONG, write_solution
 from megatron_fapo.data.testbed import make_problem, parse_question
 

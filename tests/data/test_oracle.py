@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fapo.data import solutions
-from megatron_fapo.data.oracle import first_wrong_step, split_paragraphs
+from megatron_fapo.data.oracle import first_wrong_step
+from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.solutions import FLAWED_POSITIVE, SOUND, WRONG, write_solution
 from megatron_fapo.data.testbed import make_problem, parse_question
 

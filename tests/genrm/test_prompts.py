@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from megatron_fapo.genrm.prompts import judge_messages, neutralise, split_paragraphs
+from megatron_fapo.data.paragraphs import split_paragraphs
+from megatron_fapo.genrm.prompts import judge_messages, neutralise
 
 SOLUTION = "Let $x<3$ and $0<|x-1|<2$.\nThen [see above] it holds.\n\n\n\n  Hence $x=2$.  \n\n\\[\\boxed{2}\\]\n"
 TAGGED = """The following is a math problem with its ground truth answer, along with an AI solution (split into paragraphs, enclosed with tags and indexed from 0):
