@@ -105,7 +105,7 @@ def _terms(j: Judgement) -> dict[str, tuple[float, float]]:
         "err_loc_acc": (flawed and exact, flawed),
         "corr_acc": (not flawed and exact, not flawed),
         "unparsable_share": (j.predicted is None, 1),
-        "tokens_mean": (j.tokens, 1),
+        "response/tokens_mean": (j.tokens, 1),
     }
 
 

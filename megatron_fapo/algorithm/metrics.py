@@ -36,7 +36,7 @@ def step_metrics(groups: Sequence[Group], task: str = "policy") -> dict[str, flo
     samples = [sample for group in groups for sample in group.samples]
     if task == "critic":
         judged = judgement_metrics([j for group in groups for j in group_judgements(group)])
-        outcomes = {f"critic/{name}": value for name, value in judged.items() if name != "tokens_mean"}
+        outcomes = {f"critic/{name}": value for name, value in judged.items() if name != "response/tokens_mean"}
     else:
         outcomes = _flaw_metrics(samples)
     metrics = _score_metrics(samples) | outcomes
@@ -54,19 +54,20 @@ def evaluation_metrics(groups: Sequence[Group], vote_key: Callable[[str], str] =
     k = max((len(group.samples) for group in groups), default=0)
     counts = [(len(c), sum(c)) for c in map(_checked, groups) if c]
     metrics = _score_metrics(samples) | _flaw_metrics(samples) | _length_metrics(samples)
-    accuracies = accuracy_by_prompt(groups)
-    if accuracies:
-        metrics[f"avg@{k}"] = statistics.fmean(accuracies.values())
-        majorities = [majority_correct(group, vote_key) for group in groups if _checked(group)]
-        metrics[f"maj@{k}"] = statistics.fmean(majorities)
-    flawed = [(sum(score.flawed for score in judged), len(judged)) for judged in map(_judged, groups)]
-    for name, units in ((f"avg@{k}", [(a, 1) for a in accuracies.values()]), ("score/flawed_positive_ratio", flawed)):
+    shares: dict[str, list[tuple[float, float]]] = {
+        f"avg@{k}": [(accuracy, 1) for accuracy in accuracy_by_prompt(groups).values()],
+        f"maj@{k}": [(majority_correct(group, vote_key), 1) for group in groups if _checked(group)],
+        "score/flawed_positive_ratio": [
+            (sum(s.flawed for s in judged), len(judged)) for judged in map(_judged, groups)
+        ],
+    }
+    for j in sorted({k, *(2**i for i in range(1, k.bit_length()))}):
+        shares[f"pass@{j}"] = [(pass_at_k(n, right, j), 1) for n, right in counts if n >= j]
+    for name, units in shares.items():
+        if (total := sum(b for _, b in units)) > 0:
+            metrics[name] = sum(a for a, _ in units) / total
         if (stderr := ratio_stderr(units)) is not None:
             metrics[f"{name}_stderr"] = stderr
-    for j in sorted({k, *(2**i for i in range(1, k.bit_length()))}):
-        estimates = [pass_at_k(n, right, j) for n, right in counts if n >= j]
-        if estimates:
-            metrics[f"pass@{j}"] = statistics.fmean(estimates)
     return metrics
 
 

@@ -69,7 +69,7 @@ def test_metrics_of_a_hand_counted_set():
             "err_loc_acc": 2 / 5,
             "corr_acc": 3 / 5,
             "unparsable_share": 2 / 10,
-            "tokens_mean": 18,
+            "response/tokens_mean": 18,
             "gsm8k/err_loc_acc": 1 / 4,
             "gsm8k/corr_acc": 1 / 3,
             "gsm8k/processbench_f1": gsm8k,
@@ -177,7 +177,15 @@ def test_ratio_errors_are_those_of_resampling_prompts():
         resampled = [j for prompt in rng.choices(prompts, k=len(prompts)) for j in prompt]
         for name, value in judgement_metrics(resampled).items():
             draws.setdefault(name, []).append(value)
-    for name in ("precision", "recall", "f1", "exact_accuracy", "localisation_error", "processbench_f1", "tokens_mean"):
+    for name in (
+        "precision",
+        "recall",
+        "f1",
+        "exact_accuracy",
+        "localisation_error",
+        "processbench_f1",
+        "response/tokens_mean",
+    ):
         assert closed[f"{name}_stderr"] == pytest.approx(statistics.stdev(draws[name]), rel=0.15), name
     independent = judgement_stderrs([[j] for prompt in prompts for j in prompt])
     assert closed["recall_stderr"] > 1.2 * independent["recall_stderr"]  # answers to one prompt are alike
@@ -235,7 +243,7 @@ def test_an_evaluation_has_single_answers_their_vote_and_errors():
         "maj@3/recall": 1 / 2,
         "maj@3/precision": 1.0,
         "maj@3/corr_acc": 1.0,
-        "maj@3/tokens_mean": 6,
+        "maj@3/response/tokens_mean": 6,
         "response/tokens_mean": 2,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)

@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fapo.algorithm.metrics import (
@@ -81,6 +81,7 @@ def test_step_metrics_of_a_hand_counted_rollout():
     )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(outcomes, max_size=5), max_size=5))
 def test_values_are_finite_and_shares_add_up(scores):
     groups = [group(*s, prompt_id=str(i)) for i, s in enumerate(scores)]
@@ -120,6 +121,7 @@ def test_p95_is_the_nearest_rank(n, p95):
     assert metrics["response/tokens_p95"] == p95
 
 
+@settings(deadline=None)
 @given(st.integers(1, 7), st.data())
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(n, data):
     right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
@@ -162,6 +164,7 @@ def test_predictions_that_are_written_differently_are_one_vote_when_the_key_says
     assert metrics["maj@4"] == 0.5
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=8))
 def test_maj_at_k_against_counting(answers):
     """k votes, most frequent answer wins; the expectation over a fair draw among tied ones."""
