@@ -178,7 +178,7 @@ def draw_evaluation(evaluations: Mapping[str, Mapping[str, float]]) -> list[tupl
             for order, (run, found) in enumerate(evaluations.items()):
                 bars = [(place, name) for place, name in enumerate(shown) if name in found]
                 places = [place + (order - (len(evaluations) - 1) / 2) * 0.8 / len(evaluations) for place, _ in bars]
-                widths = [half_width(found, name) or 0.0 for _, name in bars]
+                widths = [math.nan if (w := half_width(found, name)) is None else w for _, name in bars]
                 colour, size = PALETTE[order % len(PALETTE)], 0.8 / len(evaluations)
                 heights = [found[name] for _, name in bars]
                 axes.bar(places, heights, size, yerr=widths, color=colour, label=run, ecolor=_INK, capsize=2)
