@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from megatron_fapo.data.solutions import (
 )
 from megatron_fapo.data.testbed import Problem, make_problem
 
+_NUMBER = re.compile(r"[0-9]+")
 Example = tuple[list[dict[str, str]], str]
 """(chat messages, response text)"""
 PromptBuilder = Callable[[str, str, str], list[dict[str, str]]]
@@ -86,8 +88,10 @@ def habitual_solution(problem: Problem, rng: random.Random, habits: Habits) -> s
 def write_critique(problem: Problem, solution_text: str) -> str:
     """The critique that a GenRM should give: a line for each paragraph up to the first wrong one, then its index.
 
-    A line holds what the paragraph states, what it should state, and whether that is right. Boxes within lines are
-    written as `box 2`, so that the only `\\boxed{}` of a critique, even of one cut short, is its verdict.
+    A line sets each number of the paragraph beside the one that should stand there, `4|3!` where they differ, and says
+    whether it is right; a paragraph of another form stands before what it should be as a whole. Side by side, because
+    a tiny model that compared two whole equations overlooked the difference in every second one. Boxes within lines
+    are written as `box 2`, so that the only `\\boxed{}` of a critique, even of one cut short, is its verdict.
     """
     wrong = first_wrong_step(problem, solution_text)
     sound = write_solution(problem, SOUND, random.Random(0)).paragraphs
@@ -96,7 +100,7 @@ def write_critique(problem: Problem, solution_text: str) -> str:
     for index, paragraph in enumerate(written if wrong == -1 else written[: wrong + 1]):
         ought = _stated(sound[index]) if index < len(sound) else "nothing"
         verdict = "wrong" if index == wrong else "right"
-        lines.append(f"{index}: {_stated(paragraph)}, should be {ought}, {verdict}.\n")
+        lines.append(f"{index}: {_compared(_stated(paragraph), ought, index == wrong)}, {verdict}.\n")
     return "".join(lines) + f"\\boxed{{{wrong}}}"
 
 
@@ -163,6 +167,18 @@ def critic_rows(n: int, seed: int, prompt_builder: PromptBuilder) -> Iterator[di
             split="train",
             index=index,
         )
+
+
+def _compared(stated: str, ought: str, wrong: bool) -> str:
+    if _NUMBER.sub("#", stated) != _NUMBER.sub("#", ought):
+        return f"{stated}, should be {ought}"
+    wanted = iter(_NUMBER.findall(ought))
+
+    def pair(match: re.Match[str]) -> str:
+        number = next(wanted)
+        return f"{match[0]}|{number}" + "!" * (wrong and number != match[0])
+
+    return _NUMBER.sub(pair, stated)
 
 
 def _stated(paragraph: str) -> str:
