@@ -18,6 +18,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+Terms = dict[str, tuple[float, float]]
+"""(numerator, denominator) that one answer adds to each ratio."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -89,8 +92,8 @@ def _class(index: int | None) -> str:
     return "unparsable" if index is None else "sound" if index == -1 else "flawed"
 
 
-def _terms(j: Judgement) -> dict[str, tuple[float, float]]:
-    """(numerator, denominator) that one judgement adds to each ratio."""
+def judgement_terms(j: Judgement) -> Terms:
+    """What one judgement adds to each ratio."""
     flawed, called = j.label != -1, _class(j.predicted) == "flawed"
     found, exact = flawed and called, j.predicted == j.label
     distance = abs(j.predicted - j.label) / j.total_steps if found and j.predicted is not None else 0.0
@@ -111,17 +114,17 @@ def _terms(j: Judgement) -> dict[str, tuple[float, float]]:
 
 def _estimates(by_prompt: Sequence[Sequence[Judgement]]) -> dict[str, tuple[float, float | None]]:
     """Metric -> (value, standard error), for the whole and for each subset."""
-    terms: dict[str, list[list[dict[str, tuple[float, float]]]]] = {}
+    terms: dict[str, list[list[Terms]]] = {}
     for prompt in by_prompt:
         for subset in dict.fromkeys(j.subset for j in prompt):
-            terms.setdefault(subset, []).append([_terms(j) for j in prompt if j.subset == subset])
-    whole = _ratios([prompt for subset in terms.values() for prompt in subset])
+            terms.setdefault(subset, []).append([judgement_terms(j) for j in prompt if j.subset == subset])
+    whole = ratios([prompt for subset in terms.values() for prompt in subset])
     if "recall" not in whole:
         whole.pop("f1", None)
     scores = []
     for subset in sorted(terms):
-        ratios = _ratios(terms[subset]) if len(terms) > 1 else whole
-        parts = {name: ratios[name] for name in ratios if name in ("err_loc_acc", "corr_acc")}
+        own = ratios(terms[subset]) if len(terms) > 1 else whole
+        parts = {name: own[name] for name in own if name in ("err_loc_acc", "corr_acc")}
         if len(parts) == 2:
             parts["processbench_f1"] = _harmonic(*parts.values())
             scores.append(parts["processbench_f1"])
@@ -135,13 +138,14 @@ def _estimates(by_prompt: Sequence[Sequence[Judgement]]) -> dict[str, tuple[floa
     return whole
 
 
-def _ratios(by_prompt: Sequence[Sequence[dict[str, tuple[float, float]]]]) -> dict[str, tuple[float, float | None]]:
-    ratios = {}
+def ratios(by_prompt: Sequence[Sequence[Terms]]) -> dict[str, tuple[float, float | None]]:
+    """Name -> (sum of numerators / sum of denominators, its standard error over prompts), of what each answer adds."""
+    found = {}
     for name in by_prompt[0][0] if by_prompt else ():
         pairs = [(sum(t[name][0] for t in prompt), sum(t[name][1] for t in prompt)) for prompt in by_prompt]
         if (total := sum(b for _, b in pairs)) > 0:
-            ratios[name] = sum(a for a, _ in pairs) / total, ratio_stderr(pairs)
-    return ratios
+            found[name] = sum(a for a, _ in pairs) / total, ratio_stderr(pairs)
+    return found
 
 
 def _harmonic(first: tuple[float, float | None], second: tuple[float, float | None]) -> tuple[float, float | None]:

@@ -6,11 +6,12 @@ Samples are read as they were drawn in training: each before the policy learned 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_fapo.algorithm.advantage import group_advantages
+from megatron_fapo.algorithm.judgements import Judgement, Terms, judgement_terms
 from megatron_fapo.data.oracle import first_wrong_step
 from megatron_fapo.data.testbed import parse_question
 
@@ -35,85 +36,30 @@ def judged(samples: Iterable[Sample]) -> list[Sample]:
     ]
 
 
-def policy_counts(samples: Sequence[Sample]) -> dict[str, float]:
-    """Counts that add over steps and prompts: samples, right, flawed, tokens, and the judge against the oracle."""
-    right = [s for s in samples if s["correct"]]
-    verdicts = [(s["verdict"]["index"], s["oracle"]) for s in right if s["verdict"] is not None]
+def policy_terms(sample: Sample) -> Terms:
+    """What a judged sample adds to each ratio: of the policy, and of the judge against the oracle."""
+    right, truth = bool(sample["correct"]), sample["oracle"]
+    flawed = right and truth != -1
+    verdict = sample["verdict"]["index"] if right and sample["verdict"] is not None else None
+    judged_flawed, judged_sound = verdict is not None and flawed, verdict is not None and not flawed
+    found = judged_flawed and verdict != -1
     return {
-        "samples": len(samples),
-        "right": len(right),
-        "wrong": sum(s["correct"] is False for s in samples),
-        "flawed": sum(s["oracle"] != -1 for s in right),
-        "tokens": sum(s["response_tokens"] for s in samples),
-        "unscored": sum(s["reward"] is None for s in samples),
-        "judged_flawed": sum(truth != -1 for _, truth in verdicts),
-        "judged_sound": sum(truth == -1 for _, truth in verdicts),
-        "missed": sum(index == -1 and truth != -1 for index, truth in verdicts),
-        "invented": sum(index != -1 and truth == -1 for index, truth in verdicts),
-        "found": sum(index != -1 and truth != -1 for index, truth in verdicts),
-        "located": sum(index == truth != -1 for index, truth in verdicts),
+        "accuracy": (right, sample["correct"] is not None),
+        "flawed_ratio": (flawed, right),
+        "rho": (right and not flawed, sample["correct"] is False),
+        "response_tokens": (sample["response_tokens"], 1),
+        "unscored_share": (sample["reward"] is None, 1),
+        "judge_missed": (judged_flawed and not found, judged_flawed),
+        "judge_invented": (judged_sound and verdict != -1, judged_sound),
+        "judge_located": (found and verdict == truth, found),
     }
 
 
-def critic_counts(samples: Sequence[Sample]) -> dict[str, float]:
-    """Counts of critiques against their labels. A critique without a readable index finds nothing."""
-    rows = [
-        (None if s["prediction"] is None else int(s["prediction"]), int(s["ground_truth"]), s["extra"]["total_steps"])
-        for s in samples
-    ]
-    found = [(p, label, total) for p, label, total in rows if p not in (None, -1) and label != -1]
-    return {
-        "samples": len(rows),
-        "flawed": sum(label != -1 for _, label, _ in rows),
-        "called_flawed": sum(p not in (None, -1) for p, _, _ in rows),
-        "found": len(found),
-        "located": sum(p == label for p, label, _ in found),
-        "distance": sum(abs(p - label) / total for p, label, total in found if p is not None),
-        "right_class": sum(bool(s["correct"]) for s in samples),
-        "unreadable": sum(p is None for p, _, _ in rows),
-        "tokens": sum(s["response_tokens"] for s in samples),
-    }
-
-
-def _shares(counts: dict[str, float], wanted: dict[str, tuple[str, str]]) -> dict[str, float]:
-    return {name: counts[above] / counts[below] for name, (above, below) in wanted.items() if counts[below]}
-
-
-def policy_values(counts: dict[str, float]) -> dict[str, float]:
-    """Shares and means of policy_counts; a share of nothing is left out."""
-    values = _shares(
-        counts | {"checked": counts["right"] + counts["wrong"]},
-        {
-            "accuracy": ("right", "checked"),
-            "flawed_ratio": ("flawed", "right"),
-            "response_tokens": ("tokens", "samples"),
-            "judge_missed": ("missed", "judged_flawed"),
-            "judge_invented": ("invented", "judged_sound"),
-            "judge_located": ("located", "found"),
-            "unscored_share": ("unscored", "samples"),
-        },
-    )
-    # One wrong sample at least is assumed: a lower bound where rho has no finite value.
-    return values | {"rho": (counts["right"] - counts["flawed"]) / max(counts["wrong"], 1.0)}
-
-
-def critic_values(counts: dict[str, float]) -> dict[str, float]:
-    """Precision, recall and F1 of `flawed`, and how far off the place of a flaw that was found is, in [0, 1]."""
-    values = _shares(
-        counts,
-        {
-            "precision": ("found", "called_flawed"),
-            "recall": ("found", "flawed"),
-            "exact_localisation": ("located", "found"),
-            "localisation_error": ("distance", "found"),
-            "class_accuracy": ("right_class", "samples"),
-            "unreadable_share": ("unreadable", "samples"),
-            "response_tokens": ("tokens", "samples"),
-        },
-    )
-    if counts["found"]:
-        values["f1"] = 2 * counts["found"] / (counts["called_flawed"] + counts["flawed"])
-    return values
+def critic_terms(sample: Sample) -> Terms:
+    """The same for a critique against its label."""
+    predicted = None if sample["prediction"] is None else int(sample["prediction"])
+    label, total = int(sample["ground_truth"]), sample["extra"]["total_steps"]
+    return judgement_terms(Judgement(predicted, label, total, "", sample["response_tokens"]))
 
 
 def by_prompt(samples: Iterable[Sample]) -> list[list[Sample]]:

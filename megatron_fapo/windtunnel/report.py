@@ -14,7 +14,7 @@ from megatron_fapo.windtunnel.summary import Reading
 
 POLICY = ("accuracy", "flawed_ratio", "response_tokens", "rho")
 JUDGE = ("judge_missed", "judge_invented", "judge_located")
-CRITIC = ("f1", "precision", "recall", "localisation_error", "exact_localisation", "response_tokens")
+CRITIC = ("f1", "precision", "recall", "localisation_error", "localisation_exact", "response/tokens_mean")
 PLOTS = (
     Plot("Accuracy", "Share of right answers among training samples.", ("accuracy",), percent=True),
     Plot("Flawed-positive ratio", "Of right answers, by the oracle.", ("flawed_ratio",), percent=True),
@@ -81,8 +81,8 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     claims += [[c["claim"], "yes" if c["holds"] else "NO", c["evidence"]] for c in summary["claims"]]
     tables = [("Claims", claims)] if len(claims) > 1 else []
     for title, metrics, chosen in (
-        ("Policies", POLICY, {n: a for n, a in arms.items() if "accuracy" in a}),
-        ("GenRM training", CRITIC, {n: a for n, a in arms.items() if "class_accuracy" in a}),
+        ("Policies", POLICY, {n: a for n, a in arms.items() if "flawed_ratio" in a}),
+        ("GenRM training", CRITIC, {n: a for n, a in arms.items() if "exact_accuracy" in a}),
     ):
         if chosen:
             rows = [["arm", "", *metrics]]
@@ -96,7 +96,7 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
                     )
             if len(rows) > 1:
                 tables.append((f"{title}: paired differences", rows))
-    judges = {name: arm for name, arm in arms.items() if "judge_missed" in arm and arm["judge_invented"] > 0}
+    judges = {name: arm for name, arm in arms.items() if "judge_missed" in arm and arm["judge_missed"] > 0}
     if judges:
         rows = [["arm", *JUDGE], *([name, *(_cell(arm, m) for m in JUDGE)] for name, arm in judges.items())]
         tables.append(("The frozen judge against the oracle", rows))
@@ -116,8 +116,8 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
 def _cell(arm: Mapping[str, Any], metric: str) -> str:
     if arm.get(metric) is None:
         return "-"
-    low, high = arm[f"{metric}_interval"]
-    return f"{_number(arm[metric])} [{_number(low)}, {_number(high)}]"
+    interval = arm[f"{metric}_interval"]
+    return _number(arm[metric]) + (f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else "")
 
 
 def _gap(gap: Mapping[str, Any] | None) -> str:

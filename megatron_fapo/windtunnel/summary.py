@@ -1,36 +1,23 @@
 """Readings of all runs -> values with intervals, differences to the baseline, theory, and whether the claims hold.
 
-Intervals are 95 %. Over seeds, where an arm has two or more: Student's t. With one seed: bootstrap over the prompts of
-its last quarter, which sees the noise of sampling and not that of training. Differences are paired by seed.
+Intervals are 95 %. Over seeds, where an arm has two or more: Student's t. With one seed: over the prompts of its last
+quarter, which sees the noise of sampling and not that of training. Differences are paired by seed.
 """
 
 from __future__ import annotations
 
 import math
-import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from megatron_fapo.algorithm.judgements import ratios
 from megatron_fapo.windtunnel.arms import Arm
-from megatron_fapo.windtunnel.readings import (
-    Flip,
-    Sample,
-    by_prompt,
-    critic_counts,
-    critic_values,
-    flips,
-    judged,
-    policy_counts,
-    policy_values,
-)
+from megatron_fapo.windtunnel.readings import Flip, Sample, by_prompt, critic_terms, flips, judged, policy_terms
 
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom."""
-RESAMPLES = 1000
-
 Interval = tuple[float, float]
 
 
@@ -44,24 +31,33 @@ class Reading:
     """One record a step, for plots."""
     final: dict[str, float]
     """Over the last quarter of the steps."""
-    prompts: list[dict[str, float]]
-    """Counts of each prompt of the last quarter."""
+    stderr: dict[str, float]
+    """Of `final`, over prompts; without the metrics in which all prompts agree."""
     flips: list[Flip]
 
 
 def read(arm: Arm, seed: int, samples_by_step: Mapping[int, Sequence[Sample]]) -> Reading:
     """The reading of a run from all of its recorded samples."""
-    count, values = _readers(arm)
+    terms = critic_terms
     if arm.kind == "policy":
+        terms = policy_terms
         samples_by_step = {step: judged(samples) for step, samples in samples_by_step.items()}
-    steps = [{"step": float(step)} | values(count(samples)) for step, samples in sorted(samples_by_step.items())]
-    last = sorted(samples_by_step)[-max(len(samples_by_step) // 4, 1) :]
-    final = [sample for step in last for sample in samples_by_step[step]]
+
+    def estimates(samples: Sequence[Sample]) -> dict[str, tuple[float, float | None]]:
+        return ratios([[terms(sample) for sample in group] for group in by_prompt(samples)])
+
+    ordered = sorted(samples_by_step)
+    steps = [
+        {"step": float(step)} | {name: value for name, (value, _) in estimates(samples_by_step[step]).items()}
+        for step in ordered
+    ]
+    last = ordered[-max(len(ordered) // 4, 1) :]
+    final = estimates([sample for step in last for sample in samples_by_step[step]])
     crossed = []
     if arm.flawed_penalty is not None:
-        crossed = [flip for step in sorted(samples_by_step) for flip in flips(samples_by_step[step])]
-    prompts = [count(group) for group in by_prompt(final)]
-    return Reading(arm, seed, steps, values(count(final)), prompts, crossed)
+        crossed = [flip for step in ordered for flip in flips(samples_by_step[step])]
+    values = {name: value for name, (value, _) in final.items()}
+    return Reading(arm, seed, steps, values, {name: e for name, (_, e) in final.items() if e is not None}, crossed)
 
 
 def summarise(readings: Sequence[Reading]) -> dict[str, Any]:
@@ -92,31 +88,22 @@ def summarise(readings: Sequence[Reading]) -> dict[str, Any]:
 
 
 def over_seeds(metric: str, runs: Sequence[Reading]) -> tuple[float | None, Interval | None]:
-    """Mean over the seeds and its interval; (None, None) when a run lacks the metric."""
+    """Mean over the seeds and its interval, None when there is no spread to tell it from; (None, None) when a run lacks
+    the metric."""
     values = [run.final.get(metric) for run in runs]
     present = [value for value in values if value is not None]
     if len(present) < len(values):
         return None, None
-    return fmean(present), student(present) if len(present) > 1 else bootstrap(metric, runs[0])
+    if len(present) > 1:
+        return fmean(present), student(present)
+    stderr = runs[0].stderr.get(metric)
+    return present[0], None if stderr is None else (present[0] - 1.96 * stderr, present[0] + 1.96 * stderr)
 
 
 def student(values: Sequence[float]) -> Interval:
     """The interval of the mean of two or more independent values."""
     half = T_95[min(len(values) - 2, len(T_95) - 1)] * stdev(values) / math.sqrt(len(values))
     return fmean(values) - half, fmean(values) + half
-
-
-def bootstrap(metric: str, run: Reading) -> Interval:
-    """Percentile interval over resampled prompts; samples of one prompt stay together, since they are alike."""
-    _, values = _readers(run.arm)
-    rng, drawn = random.Random(f"{run.arm.name}/{run.seed}/{metric}"), []
-    for _ in range(RESAMPLES):
-        total: Counter[str] = Counter()
-        for counts in rng.choices(run.prompts, k=len(run.prompts)):
-            total.update(counts)
-        drawn.append(values(dict(total)).get(metric, math.nan))
-    ordered = sorted(value for value in drawn if not math.isnan(value))
-    return ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered))]
 
 
 def paired(metric: str, runs: Sequence[Reading], reference: Sequence[Reading]) -> dict[str, Any] | None:
@@ -145,7 +132,7 @@ def against_theory(flawed_penalty: float, runs: Sequence[Reading]) -> dict[str, 
         "groups_that_agree": agree,
         "largest_rho_with_positive_advantage": max(positive, default=None),
         "smallest_rho_with_negative_advantage": min(negative, default=None),
-        "steps_before_the_shift": [sum(step["rho"] <= shift for step in run.steps) for run in runs],
+        "steps_before_the_shift": [sum(step.get("rho", math.inf) <= shift for step in run.steps) for run in runs],
     }
 
 
@@ -158,9 +145,9 @@ def claims(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     base = arms.get("baseline")
     for name in ("fapo_oracle", "fapo_genrm"):
-        if base is None or name not in arms:
+        arm = arms.get(name)
+        if arm is None or base is None or not all("flawed_ratio" in each for each in (arm, base)):
             continue
-        arm = arms[name]
         difference = arm["against"]["accuracy"]
         claim(
             f"{name}: flawed-positive ratio at most half the baseline's",
@@ -196,15 +183,9 @@ def claims(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _shown(arm: Mapping[str, Any], metric: str) -> str:
     if arm.get(metric) is None:
         return "nothing"
-    low, high = arm[f"{metric}_interval"]
-    return f"{arm[metric]:.3f} [{low:.3f}, {high:.3f}]"
+    interval = arm[f"{metric}_interval"]
+    return f"{arm[metric]:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _sign(value: float) -> int:
     return 0 if abs(value) < 1e-9 else 1 if value > 0 else -1
-
-
-def _readers(
-    arm: Arm,
-) -> tuple[Callable[[Sequence[Sample]], dict[str, float]], Callable[[dict[str, float]], dict[str, float]]]:
-    return (policy_counts, policy_values) if arm.kind == "policy" else (critic_counts, critic_values)

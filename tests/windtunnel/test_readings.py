@@ -8,13 +8,14 @@ from statistics import fmean, stdev
 
 import pytest
 
+from megatron_fapo.algorithm.judgements import ratios
 from megatron_fapo.data.demonstrations import Habits, habitual_solution
 from megatron_fapo.data.oracle import first_wrong_step
 from megatron_fapo.data.testbed import make_problem
 from megatron_fapo.windtunnel.arms import ARMS, QUICK, choose
-from megatron_fapo.windtunnel.readings import critic_counts, critic_values, flips, judged, policy_counts, policy_values
+from megatron_fapo.windtunnel.readings import critic_terms, flips, judged, policy_terms
 from megatron_fapo.windtunnel.report import write_report
-from megatron_fapo.windtunnel.summary import Reading, bootstrap, read, student, summarise
+from megatron_fapo.windtunnel.summary import Reading, read, student, summarise
 
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -40,6 +41,10 @@ def samples(seed: int, habits: Habits, penalty: float, prompts: int = 12, n: int
     return found
 
 
+def values_of(terms, rows):
+    return {name: value for name, (value, _) in ratios([[terms(row) for row in rows]]).items()}
+
+
 def test_policy_counts_by_hand():
     problem = make_problem(0, 0)
     rows = judged(samples(0, Habits(), 1.0, prompts=1, n=3))
@@ -50,8 +55,7 @@ def test_policy_counts_by_hand():
     invented = base | {"oracle": -1, "verdict": {"index": 0}}
     wrong = base | {"correct": False, "oracle": None}
     unscored = base | {"correct": None, "oracle": None, "reward": None}
-    counts = policy_counts([base, found, elsewhere, missed, invented, wrong, unscored])
-    values = policy_values(counts)
+    values = values_of(policy_terms, [base, found, elsewhere, missed, invented, wrong, unscored])
     assert values["accuracy"] == 5 / 6
     assert values["flawed_ratio"] == 3 / 5
     assert values["rho"] == 2.0
@@ -69,12 +73,13 @@ def test_critic_counts_by_hand():
             "response_tokens": 5,
         }  # fmt: skip
 
-    values = critic_values(critic_counts([row(1, 1), row(3, 1), row(-1, 2), row(None, 2), row(0, -1), row(-1, -1)]))
+    rows = [row(1, 1), row(3, 1), row(-1, 2), row(None, 2), row(0, -1), row(-1, -1)]
+    values = values_of(critic_terms, rows)
     assert values["precision"] == 2 / 3
     assert values["recall"] == 2 / 4
     assert values["f1"] == pytest.approx(2 / (3 / 2 + 4 / 2))
-    assert (values["exact_localisation"], values["localisation_error"]) == (0.5, 0.25)
-    assert (values["class_accuracy"], values["unreadable_share"]) == (3 / 6, 1 / 6)
+    assert (values["localisation_exact"], values["localisation_error"]) == (0.5, 0.25)
+    assert (values["accuracy"], values["unparsable_share"]) == (3 / 6, 1 / 6)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 4 / 3, 2.0])
@@ -114,13 +119,14 @@ def test_student_interval_of_three_values():
     assert (low, high) == pytest.approx((7 / 3 - half, 7 / 3 + half))
 
 
-def test_bootstrap_keeps_samples_of_a_prompt_together():
+def test_the_interval_of_one_seed_is_over_prompts():
     """Prompts that are all right or all wrong carry one bit each, however many samples they have."""
-    arm = BY_NAME["baseline"]
-    counts = policy_counts([])
-    prompts = [counts | {"samples": 8, "right": 8 * (i % 2), "wrong": 8 * (1 - i % 2)} for i in range(100)]
-    low, high = bootstrap("accuracy", Reading(arm, 1, [], {}, prompts, []))
-    assert 0.15 < high - low < 0.25  # 2 * 1.96 * sqrt(0.25 / 100) = 0.196; single samples would give 0.07
+    rows = samples(1, Habits(), 0.0, prompts=100)
+    rows = [row | {"correct": int(row["prompt_id"][8:]) % 2 == 0} for row in rows]
+    summary = summarise([read(BY_NAME["baseline"], 1, {1: rows})])["arms"]["baseline"]
+    low, high = summary["accuracy_interval"]
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 99) ** 0.5)  # 800 single samples would give a third of it
+    assert summary["unscored_share_interval"] is None, "all prompts agree: no spread to tell an error from"
 
 
 def test_summary_pairs_arms_by_seed_and_states_the_claims(tmp_path):
@@ -149,7 +155,7 @@ def test_summary_pairs_arms_by_seed_and_states_the_claims(tmp_path):
     assert page.count("<svg") >= 4
 
     plain = [r for r in readings if r.arm.name == "baseline"]
-    same = [Reading(BY_NAME["fapo_oracle"], r.seed, r.steps, r.final, r.prompts, []) for r in plain]
+    same = [Reading(BY_NAME["fapo_oracle"], r.seed, r.steps, r.final, r.stderr, []) for r in plain]
     worse = summarise(plain + same)
     assert [c["holds"] for c in worse["claims"]] == [False, True]
 
