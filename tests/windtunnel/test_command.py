@@ -102,3 +102,27 @@ def test_runs_with_other_settings_are_refused_before_any_starts(runs: Runs, tmp_
     with pytest.raises(UserError, match="baseline-seed1 was made with other settings"):
         windtunnel_command(ARMS, (1, 2), Tunnel(tmp_path, steps=6))
     assert len(runs.started) == 2
+
+
+@pytest.mark.usefixtures("runs")
+def test_other_models_under_the_same_path_are_refused(tmp_path: Path) -> None:
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    (judge / "model.safetensors").write_bytes(b"one")
+    tunnel = Tunnel(tmp_path / "out", steps=4, genrm=judge)
+    assert windtunnel_command(ARMS, (1,), tunnel) == 0
+    (judge / "model.safetensors").write_bytes(b"two")
+    with pytest.raises(UserError, match="judge changed since its runs were made"):
+        windtunnel_command(ARMS, (1,), tunnel)
+
+
+def test_two_wind_tunnels_do_not_share_a_directory(runs: Runs, tmp_path: Path) -> None:
+    with command._alone(tmp_path), pytest.raises(UserError, match="in use by another"):
+        windtunnel_command(ARMS, (1,), Tunnel(tmp_path))
+    assert runs.started == []
+
+
+def test_there_are_as_many_prompts_as_a_long_run_draws(runs: Runs, tmp_path: Path) -> None:
+    runs.fail |= {"baseline-seed1", "fapo_oracle-seed1"}
+    windtunnel_command(ARMS, (1,), Tunnel(tmp_path, steps=150))
+    assert len((tmp_path / "data" / "train.jsonl").read_text().splitlines()) == 150 * 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from statistics import fmean, stdev
@@ -15,7 +16,7 @@ from megatron_fapo.data.testbed import make_problem
 from megatron_fapo.windtunnel.arms import ARMS, QUICK, choose
 from megatron_fapo.windtunnel.readings import critic_terms, flips, judged, policy_terms
 from megatron_fapo.windtunnel.report import write_report
-from megatron_fapo.windtunnel.summary import Reading, read, student, summarise
+from megatron_fapo.windtunnel.summary import read, student, summarise
 
 BY_NAME = {arm.name: arm for arm in ARMS}
 
@@ -102,7 +103,7 @@ def test_a_penalty_that_was_not_applied_is_noticed():
     assert (
         theory["arms"]["fapo_oracle"]["theory"]["groups_that_agree"] < theory["arms"]["fapo_oracle"]["theory"]["groups"]
     )
-    assert [c["holds"] for c in theory["claims"]] == [False]
+    assert [c["holds"] for c in theory["claims"]] == ["no"]
 
 
 def test_groups_that_theory_does_not_speak_of_are_left_out():
@@ -145,7 +146,7 @@ def test_summary_pairs_arms_by_seed_and_states_the_claims(tmp_path):
     gaps = [fapo["per_seed"][k]["accuracy"] - base["per_seed"][k]["accuracy"] for k in "123"]
     assert fapo["against"]["accuracy"]["difference"] == pytest.approx(fmean(gaps))
     assert fapo["against"]["accuracy"]["interval"] == pytest.approx(student(gaps))
-    assert [c["holds"] for c in summary["claims"]] == [True, True, True]
+    assert [c["holds"] for c in summary["claims"]] == ["yes", "yes", "undecided"]
     json.dumps(summary, allow_nan=False)
 
     text = write_report(summary | {"seeds": [1, 2, 3]}, readings, tmp_path / "report.html")
@@ -155,9 +156,9 @@ def test_summary_pairs_arms_by_seed_and_states_the_claims(tmp_path):
     assert page.count("<svg") >= 4
 
     plain = [r for r in readings if r.arm.name == "baseline"]
-    same = [Reading(BY_NAME["fapo_oracle"], r.seed, r.steps, r.final, r.stderr, []) for r in plain]
+    same = [dataclasses.replace(r, arm=BY_NAME["fapo_oracle"]) for r in plain]
     worse = summarise(plain + same)
-    assert [c["holds"] for c in worse["claims"]] == [False, True]
+    assert [c["holds"] for c in worse["claims"]] == ["no", "yes", "undecided"]
 
 
 def test_arms_by_name():
@@ -165,3 +166,28 @@ def test_arms_by_name():
     assert [arm.name for arm in choose(["fapo_genrm", "baseline"], quick=False)] == ["baseline", "fapo_genrm"]
     with pytest.raises(ValueError, match="no arm fapo: the arms are baseline"):
         choose(["fapo"], quick=False)
+
+
+def test_claims_are_undecided_where_runs_cannot_tell():
+    one = [read(BY_NAME[name], 1, {1: samples(1, Habits(), 1.0)}) for name in ("baseline", "fapo_oracle")]
+    summary = summarise(one)
+    assert summary["claims"][0]["holds"] == "undecided", "one seed has no interval"
+    mild = read(BY_NAME["lambda_0.5"], 1, {1: samples(2, Habits(guess=0.6), 0.5)})
+    theory = summarise([mild])
+    assert theory["arms"]["lambda_0.5"]["theory"]["smallest_rho_with_negative_advantage"] is None
+    assert theory["claims"][0]["holds"] == "undecided", "agreement on one side of a flip shows no flip"
+
+
+def test_an_arm_that_collapsed_is_shown_with_its_claims(tmp_path):
+    readings = []
+    for seed in (1, 2):
+        readings.append(read(BY_NAME["baseline"], seed, {1: samples(seed, Habits(), 0.0)}))
+        rows = samples(seed, Habits(), 1.0)
+        if seed == 2:
+            rows = [row | {"correct": False, "verdict": None, "reward": -1.0} for row in rows]
+        readings.append(read(BY_NAME["fapo_oracle"], seed, {1: rows}))
+    summary = summarise(readings)
+    assert "flawed_ratio" not in summary["arms"]["fapo_oracle"]
+    assert [claim["holds"] for claim in summary["claims"]][:2] == ["undecided", "undecided"]
+    text = write_report(summary | {"seeds": [1, 2]}, readings, tmp_path / "report.html")
+    assert "fapo_oracle" in text.split("Policies")[1]
