@@ -89,3 +89,14 @@ def test_a_step_is_written_once_and_only_numbers_are_taken(tmp_path):
 def test_a_directory_without_metrics_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         read_metrics(tmp_path)
+
+
+def test_the_last_line_can_be_added_to_as_a_whole(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.amend(0, {"eval/a": 0.1})
+        writer.write(1, {"loss": 2.0})
+        writer.amend(1, {"eval/a": 0.3})
+        writer.write(2, {"loss": 1.0})
+    assert read_metrics(tmp_path) == [
+        {"step": 0, "eval/a": 0.1}, {"step": 1, "loss": 2.0, "eval/a": 0.3}, {"step": 2, "loss": 1.0}
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,17 @@ def test_a_save_cut_off_anywhere_leaves_the_newest_and_the_best(
     _save(after, 4, 0.1)
     assert len(after.complete()) == 2
     assert sorted(p.name for p in link.parent.iterdir()) == ["best", *_names(after)]
+
+
+def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1, best_metric=F1))
+    _save(checkpoints, 2, f1=0.5)
+    _save(checkpoints, 4)
+    assert _names(checkpoints) == ["step_000002", "step_000004"]
+    late = dataclasses.replace(checkpoints.newest()[1], evaluation={F1: 0.7, TOKENS: 90.0})
+    checkpoints.amend(late)
+    assert checkpoints.newest()[1] == late
+    assert (tmp_path / "checkpoints" / "best").resolve().name == "step_000004"
+    assert _names(checkpoints) == ["step_000004"], "the one that was best has served"
+    checkpoints.amend(RunState(6, 7, {}))
+    assert _names(checkpoints) == ["step_000004"], "no checkpoint comes from an evaluation alone"

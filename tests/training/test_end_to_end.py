@@ -85,25 +85,31 @@ def _reproducible(record: dict[str, float]) -> dict[str, float]:
 
 
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(workspace: Path, started: list[FapoProcess]) -> None:
-    reward = {"compute_score": "tests.training.runs:reward_of_length"}
-    whole = _start(started, workspace / "whole.log", "train", "-c", str(_config(workspace, "whole", reward=reward)))
+    sections: dict[str, Any] = {
+        "reward": {"compute_score": "tests.training.runs:reward_of_length"},
+        "data": {"eval": {"held": str(workspace / "data" / "eval.jsonl")}},
+        "training": {"evaluation": {"every_steps": 2}},
+    }
+    whole = _start(started, workspace / "whole.log", "train", "-c", str(_config(workspace, "whole", **sections)))
     assert whole.wait() == 0, whole.output()[-4000:]
     assert whole.wait_until_gone() == []
     assert (workspace / "whole" / "report.html").stat().st_size > 10_000
 
-    config = str(_config(workspace, "parts", reward=reward))
-    first = _start(started, workspace / "parts.log", "train", "-c", config)
-    first.wait_for_step(workspace / "parts", 2)
-    first.process.send_signal(signal.SIGTERM)
-    assert first.wait() == 75, first.output()[-4000:]
-    assert first.wait_until_gone() == []
-    saved = json.loads(next((workspace / "parts" / "checkpoints").glob("step_*/state.json")).read_text())
-    assert 2 <= saved["step"] < STEPS, "the run ended before it could be stopped"
+    config = str(_config(workspace, "parts", **sections))
+    for part, (seen, resume) in enumerate(((0, ()), (2, ("--resume",)))):  # in step 1, and in a later one
+        run = _start(started, workspace / f"parts{part}.log", "train", "-c", config, *resume)
+        run.wait_for_step(workspace / "parts", seen)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait() == 75, run.output()[-4000:]
+        assert run.wait_until_gone() == []
+        saved = json.loads(sorted((workspace / "parts" / "checkpoints").glob("step_*/state.json"))[-1].read_text())
+        assert seen <= saved["step"] < STEPS, "the run ended before it could be stopped"
 
-    second = _start(started, workspace / "parts2.log", "train", "-c", config, "--resume")
-    assert second.wait() == 0, second.output()[-4000:]
+    last = _start(started, workspace / "last.log", "train", "-c", config, "--resume")
+    assert last.wait() == 0, last.output()[-4000:]
     uninterrupted, resumed = read_metrics(workspace / "whole"), read_metrics(workspace / "parts")
-    assert [r["step"] for r in resumed] == [1, 2, 3, 4]
+    assert [r["step"] for r in resumed] == [0, 1, 2, 3, 4]
+    assert "eval/held/avg@1" in resumed[2]
     assert [_reproducible(r) for r in resumed] == [_reproducible(r) for r in uninterrupted]
     assert uninterrupted[0]["policy/grad_norm"] > 0
     assert _weights(workspace, "parts") == _weights(workspace, "whole")
