@@ -79,6 +79,8 @@ def _windtunnel(args: argparse.Namespace) -> int:
         arms = choose(args.arms, args.quick)
     except ValueError as error:
         raise UserError(f"--arms: {error}") from None
+    if min(args.jobs, args.steps, args.critic_steps) < 1:
+        raise UserError("--jobs, --steps and --critic-steps must be 1 or more")
     seeds = args.seeds or (SEEDS[:1] if args.quick else SEEDS)
     out, policy, genrm = (path.resolve() for path in (args.out, args.policy, args.genrm))
     tunnel = Tunnel(out, args.jobs, args.steps, args.critic_steps, policy, genrm, tuple(args.config))

@@ -34,7 +34,7 @@ class MetricsWriter:
             kept = [record for record in kept if record["step"] <= resume_step]
         write_atomically(path, "".join(map(json_line, kept)))
         self._last_step = kept[-1]["step"] if kept else -1
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("a", encoding="utf-8")
         purge = None if resume_step is None else resume_step + 1
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
@@ -46,13 +46,26 @@ class MetricsWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._last_step = step
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+        self._to_tensorboard(step, metrics)
+
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the line of `step` when it is the last, as a whole or not at all; else write the line."""
+        if step != self._last_step:
+            return self.write(step, metrics)
+        self._file.close()
+        *kept, last = read_json_lines(self._path)
+        write_atomically(self._path, "".join(map(json_line, [*kept, last | dict(metrics)])))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._to_tensorboard(step, metrics)
 
     def close(self) -> None:
         self._file.close()
         self._tensorboard.close()
+
+    def _to_tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._tensorboard.add_scalar(name, value, step)
+        self._tensorboard.flush()
 
     def __enter__(self) -> Self:
         return self

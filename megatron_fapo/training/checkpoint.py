@@ -23,6 +23,7 @@ from typing import Any
 
 from megatron_fapo.config.training import CheckpointConfig
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.files import write_atomically
 
 _PARTIAL = ".partial"
 
@@ -92,6 +93,13 @@ class Checkpoints:
         _force_to_disk(self._root)
         self.tidy()
         return final
+
+    def amend(self, state: RunState) -> None:
+        """Give the complete checkpoint of the same step, if there is one, the evaluation that a stop had left out."""
+        path = self._root / f"step_{state.step:06d}" / "state.json"
+        if path.is_file():
+            write_atomically(path, json.dumps(asdict(state), indent=2) + "\n")
+            self.tidy()
 
     def tidy(self) -> None:
         """Point `best` to the best checkpoint, then remove older ones and what an interruption has left of any.

@@ -97,10 +97,14 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
     policy, cfg = cluster.policy, config.training
     with run.phase("refit"):
         await cluster.refit(run.state.weight_version)
-    if run.state.step == 0 and cfg.evaluation.every_steps and sets:
+    evaluates = bool(sets) and cfg.evaluation.every_steps > 0
+    # Before the first step, and where the run was stopped in the middle of an evaluation.
+    if evaluates and due(run.state.step, cfg.evaluation.every_steps, cfg.steps) and not run.state.evaluation:
         with run.phase("evaluate"):
             run.state = replace(run.state, evaluation=await stop.race(evaluate(config, cluster, sets)))
-        run.write(0, run.state.evaluation)
+        run.phases = {}
+        run.writer.amend(run.state.step, run.state.evaluation)
+        run.checkpoints.amend(run.state)
 
     for step in range(run.state.step + 1, cfg.steps + 1):
         cluster.reward.begin_step(step)
@@ -135,7 +139,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         try:
             with run.phase("refit"):
                 metrics |= await cluster.refit(version)
-            if sets and cfg.evaluation.every_steps and due(step, cfg.evaluation.every_steps, cfg.steps):
+            if evaluates and due(step, cfg.evaluation.every_steps, cfg.steps):
                 with run.phase("evaluate"):
                     run.state = replace(run.state, evaluation=await stop.race(evaluate(config, cluster, sets)))
                 metrics |= run.state.evaluation

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
+import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from megatron_fapo.genrm.prompts import judge_messages
 from megatron_fapo.observe.files import write_atomically
 from megatron_fapo.observe.metrics import FILE, read_metrics
 from megatron_fapo.observe.samples import read_samples
+from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
 from megatron_fapo.windtunnel.arms import CRITIC_STEPS, EXAMPLES, STEPS, Arm
 from megatron_fapo.windtunnel.report import write_report
@@ -88,10 +91,10 @@ def windtunnel_command(arms: Sequence[Arm], seeds: Sequence[int], tunnel: Tunnel
 
 async def _windtunnel(arms: Sequence[Arm], seeds: Sequence[int], tunnel: Tunnel) -> int:
     began, out = time.monotonic(), tunnel.out
-    runs = [(arm, seed) for seed in seeds for arm in arms]
-    with StopRequest() as stop:
+    runs = [(arm, seed) for seed in dict.fromkeys(seeds) for arm in arms]
+    with StopRequest() as stop, _alone(out):
         try:
-            await stop.race(_prepare(out, critic=any(arm.kind == "critic" for arm in arms)))
+            await stop.race(_prepare(runs, tunnel))
             refuse_other_settings(runs, tunnel)
             failed = await stop.race(_run_all(runs, tunnel))
         except StopRequestedError:
@@ -113,17 +116,34 @@ async def _windtunnel(arms: Sequence[Arm], seeds: Sequence[int], tunnel: Tunnel)
     return 0
 
 
-async def _prepare(out: Path, *, critic: bool) -> None:
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """
+    Raises:
+        UserError: another wind tunnel writes to `out`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out} is in use by another wind tunnel: wait for it, or choose another --out") from None
+        yield
+
+
+async def _prepare(runs: Sequence[Run], tunnel: Tunnel) -> None:
     """Problems, and for the critic's arms their rows and a GenRM that has learned half of its trade."""
-    write_testbed(out / "data", PROMPTS, 64, DATA_SEED)
+    out, policies = tunnel.out, [run for run in runs if run[0].kind == "policy"]
+    drawn = [load_config(*tunnel.arguments(*run)).config.training.prompts_per_step * tunnel.steps for run in policies]
+    write_testbed(out / "data", max([PROMPTS, *drawn]), 64, DATA_SEED)  # no prompt is drawn twice
     base = out / "critic-base"
-    if not critic:
+    if len(policies) == len(runs):
         return
     write_prompts(
         out / "data" / "critic.jsonl",
         critic_rows(CRITIC_ROWS, DATA_SEED + 1, functools.partial(judge_messages, form="tagged")),
     )
-    if (base / "config.json").is_file():
+    if (base / "model.safetensors.index.json").is_file():  # written last
         return
     _say(f"warming up a GenRM for {CRITIC_WARMUP_STEPS} updates: good enough to find flaws, not to place them")
     init_tiny_model(out / "critic-init", DATA_SEED, num_hidden_layers=2)
@@ -143,8 +163,18 @@ async def _prepare(out: Path, *, critic: bool) -> None:
 def refuse_other_settings(runs: Sequence[Run], tunnel: Tunnel) -> None:
     """
     Raises:
-        UserError: a run directory was made with another configuration than its arm has now.
+        UserError: a run directory was made with another configuration than its arm has now, or from other models or
+            data under the same paths.
     """
+    used = [tunnel.out / "data" / "train.jsonl", tunnel.policy, tunnel.genrm]
+    used += [tunnel.out / "data" / "critic.jsonl", tunnel.out / "critic-base"]
+    found = {str(path): digest for path in used if (digest := _digest(path))}
+    record = tunnel.out / "inputs.json"
+    before = json.loads(record.read_text()) if record.is_file() else {}
+    changed = [path for path in before if path in found and before[path] != found[path]]
+    if changed:
+        raise UserError(f"{tunnel.out}: {', '.join(changed)} changed since its runs were made: choose another --out")
+    write_atomically(record, json.dumps(before | found, indent=2) + "\n")
     for each in runs:
         made_with = tunnel.run_dir(*each) / "config.yaml"
         if made_with.is_file() and load_config([made_with], []).config != load_config(*tunnel.arguments(*each)).config:
@@ -180,6 +210,16 @@ async def _run_all(runs: Sequence[Run], tunnel: Tunnel) -> list[Path]:
     return failed
 
 
+def _digest(path: Path) -> str:
+    """Of a file, or of a model's weights and tokenizer; empty when there is none."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json")])
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return "/".join(digests)
+
+
 def _steps_done(run: Path) -> int:
     return int(read_metrics(run)[-1]["step"]) if (run / FILE).is_file() and read_metrics(run) else 0
 
@@ -187,8 +227,11 @@ def _steps_done(run: Path) -> int:
 async def _fapo(arguments: Sequence[str], log: Path) -> int:
     """One `fapo` process with its output in `log`; asked to save and stop when this task is cancelled."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("ab") as file:
+    guard = Guard()  # the run does not outlive a killed tunnel: the same command would start a second one beside it
+    environment = os.environ | guard.environment | {"OMP_NUM_THREADS": "1"}
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(log.open("ab"))
+        stack.callback(guard.release)
         # A session of its own: Ctrl-C in the terminal reaches it once, through this process.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "megatron_fapo.cli", *arguments),

@@ -8,17 +8,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from megatron_fapo.observe.comparison import as_html, as_text
 from megatron_fapo.observe.files import write_atomically
 from megatron_fapo.observe.plots import Plot, draw
-from megatron_fapo.windtunnel.summary import Reading
+from megatron_fapo.windtunnel.summary import Reading, shown_gap
 
 POLICY = ("accuracy", "flawed_ratio", "response_tokens", "rho")
-JUDGE = ("judge_missed", "judge_invented", "judge_located")
+JUDGE = ("judge_missed", "judge_invented", "judge_located", "unscored_share")
 CRITIC = ("f1", "precision", "recall", "localisation_error", "localisation_exact", "response/tokens_mean")
 PLOTS = (
     Plot("Accuracy", "Share of right answers among training samples.", ("accuracy",), percent=True),
     Plot("Flawed-positive ratio", "Of right answers, by the oracle.", ("flawed_ratio",), percent=True),
-    Plot("Learning progress", "Sound / wrong; at least one wrong sample is assumed.", ("rho",), log=True),
+    Plot("Learning progress", "Sound / wrong; left out where nothing is wrong.", ("rho",), log=True),
     Plot("Response length", "Tokens.", ("response_tokens",)),
     Plot("A frozen judge over time", "Flawed positives that the GenRM calls sound.", ("judge_missed",), percent=True),
     Plot("Sound samples called flawed", "By the frozen GenRM.", ("judge_invented",), percent=True),
@@ -38,14 +39,11 @@ figure { margin: 0; } figcaption { font-size: 13px; } figure svg { width: 100%; 
 def write_report(summary: Mapping[str, Any], readings: Sequence[Reading], out: Path) -> str:
     """Write the HTML file; returns the same tables as text."""
     tables = _tables(summary)
-    body = [f"<h1>Wind tunnel</h1><p>Seeds {', '.join(map(str, summary['seeds']))}. Values of the last quarter of the "
-            "steps, 95 % intervals in brackets.</p>"]  # fmt: skip
-    for title, rows in tables:
-        body.append(f"<h2>{html.escape(title)}</h2><table>")
-        for number, row in enumerate(rows):
-            tag = "td" if number else "th"
-            body.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>")
-        body.append("</table>")
+    seeds = summary["seeds"]
+    over = "over seeds (Student's t)" if len(seeds) > 1 else "over prompts, which leaves the noise of training out"
+    note = f"Seeds {', '.join(map(str, seeds))}. Values of the last quarter of the steps, 95 % intervals {over}."
+    body = [f"<h1>Wind tunnel</h1><p>{note}</p>"]
+    body += [f"<h2>{html.escape(title)}</h2>{as_html(rows)}" for title, rows in tables]
     figures = [(plot, draw(plot, _curves(readings, plot))) for plot in PLOTS]
     body.append('<div class="plots">')
     body += [
@@ -57,7 +55,7 @@ def write_report(summary: Mapping[str, Any], readings: Sequence[Reading], out: P
         f'<!doctype html><meta charset="utf-8"><title>Wind tunnel</title><style>{_STYLE}</style>{"".join(body)}</div>'
     )
     write_atomically(out, page)
-    return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in tables)
+    return "\n\n".join(f"{title}\n{as_text(rows)}" for title, rows in tables)
 
 
 def _curves(readings: Sequence[Reading], plot: Plot) -> dict[str, list[dict[str, float]]]:
@@ -78,11 +76,11 @@ def _curves(readings: Sequence[Reading], plot: Plot) -> dict[str, list[dict[str,
 def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     arms = summary["arms"]
     claims = [["claim", "holds", "evidence"]]
-    claims += [[c["claim"], "yes" if c["holds"] else "NO", c["evidence"]] for c in summary["claims"]]
+    claims += [[c["claim"], c["holds"], c["evidence"]] for c in summary["claims"]]
     tables = [("Claims", claims)] if len(claims) > 1 else []
     for title, metrics, chosen in (
-        ("Policies", POLICY, {n: a for n, a in arms.items() if "flawed_ratio" in a}),
-        ("GenRM training", CRITIC, {n: a for n, a in arms.items() if "exact_accuracy" in a}),
+        ("Policies", POLICY, {n: a for n, a in arms.items() if a["kind"] == "policy"}),
+        ("GenRM training", CRITIC, {n: a for n, a in arms.items() if a["kind"] == "critic"}),
     ):
         if chosen:
             rows = [["arm", "", *metrics]]
@@ -92,13 +90,17 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
             for name, arm in chosen.items():
                 if "against" in arm:
                     rows.append(
-                        [name, arm["against"]["arm"], *(_gap(arm["against"].get(metric)) for metric in metrics)]
+                        [name, arm["against"]["arm"], *(shown_gap(arm["against"].get(metric)) for metric in metrics)]
                     )
             if len(rows) > 1:
                 tables.append((f"{title}: paired differences", rows))
     judges = {name: arm for name, arm in arms.items() if "judge_missed" in arm and arm["judge_missed"] > 0}
     if judges:
-        rows = [["arm", *JUDGE], *([name, *(_cell(arm, m) for m in JUDGE)] for name, arm in judges.items())]
+        rows = [["arm", *JUDGE, "judge_missed, last - first quarter"]]
+        rows += [
+            [name, *(_cell(arm, m) for m in JUDGE), shown_gap(arm["drift"].get("judge_missed"))]
+            for name, arm in judges.items()
+        ]
         tables.append(("The frozen judge against the oracle", rows))
     theory = [["arm", "2/lambda - 1", "groups that agree", "largest rho, advantage > 0", "smallest rho, advantage < 0",
                "steps with rho below"]]  # fmt: skip
@@ -120,19 +122,5 @@ def _cell(arm: Mapping[str, Any], metric: str) -> str:
     return _number(arm[metric]) + (f" [{_number(interval[0])}, {_number(interval[1])}]" if interval else "")
 
 
-def _gap(gap: Mapping[str, Any] | None) -> str:
-    if gap is None:
-        return "-"
-    interval = gap["interval"]
-    return f"{gap['difference']:+.3f}" + (f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else "")
-
-
 def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
