@@ -6,6 +6,7 @@ python benchmarks/testbed_demonstrations.py OUT [--rows N] [--seed N]    # OUT/p
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from megatron_fapo.data.datasets import write_prompts
@@ -20,9 +21,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     policy = policy_sft_examples(args.rows, args.seed + 1)
-    genrm = genrm_sft_examples(
-        args.rows, args.seed + 2, lambda q, truth, text: judge_messages(q, truth, text, "tagged")
-    )
+    genrm = genrm_sft_examples(args.rows, args.seed + 2, functools.partial(judge_messages, form="tagged"))
     for name, examples in (("policy", policy), ("genrm", genrm)):
         rows = ({"messages": messages, "response": response} for messages, response in examples)
         write_prompts(args.out / f"{name}.jsonl", rows)

@@ -184,16 +184,14 @@ def prompt_row(
     }
 
 
-def write_testbed(
-    out_dir: str | Path, n_train: int, n_eval: int, seed: int, *, min_steps: int = 2, max_steps: int = 3
-) -> tuple[Path, Path]:
+def write_testbed(out_dir: str | Path, n_train: int, n_eval: int, seed: int) -> tuple[Path, Path]:
     """Write testbed problems as out_dir/train.jsonl and out_dir/eval.jsonl; no evaluation question is in train."""
-    train = [make_problem(seed, i, min_steps, max_steps) for i in range(n_train)]
+    train = [make_problem(seed, i) for i in range(n_train)]
     seen = {problem.question for problem in train}
     held_out: list[Problem] = []
     index = n_train
     while len(held_out) < n_eval:
-        problem = make_problem(seed, index, min_steps, max_steps)
+        problem = make_problem(seed, index)
         index += 1
         if problem.question not in seen:
             seen.add(problem.question)

@@ -104,35 +104,25 @@ def write_critique(problem: Problem, solution_text: str) -> str:
     return "".join(lines) + f"\\boxed{{{wrong}}}"
 
 
-def policy_sft_examples(
-    n: int, seed: int, *, min_steps: int = 2, max_steps: int = 3, habits: Habits | None = None
-) -> list[Example]:
+def policy_sft_examples(n: int, seed: int) -> list[Example]:
     """n demonstrations for the policy, asked as datasets.prompt_row asks; a function of the arguments alone."""
     examples: list[Example] = []
     for index in range(n):
-        problem = make_problem(seed, index, min_steps, max_steps)
-        solution = habitual_solution(problem, random.Random(f"policy/{seed}/{index}"), habits or Habits())
+        problem = make_problem(seed, index)
+        solution = habitual_solution(problem, random.Random(f"policy/{seed}/{index}"), Habits())
         examples.append(([{"role": "user", "content": f"{problem.question}\n\n{INSTRUCTION}"}], solution))
     return examples
 
 
-def genrm_sft_examples(
-    n: int,
-    seed: int,
-    prompt_builder: PromptBuilder,
-    *,
-    min_steps: int = 2,
-    max_steps: int = 3,
-    habits: Habits | None = None,
-) -> list[Example]:
+def genrm_sft_examples(n: int, seed: int, prompt_builder: PromptBuilder) -> list[Example]:
     """n critiques of solutions: a quarter sound, a quarter with a planted error and the right answer, half habitual."""
     examples: list[Example] = []
     for index in range(n):
-        problem = make_problem(seed, index, min_steps, max_steps)
+        problem = make_problem(seed, index)
         rng = random.Random(f"genrm/{seed}/{index}")
         kind = rng.choice((SOUND, FLAWED_POSITIVE, None, None))
         if kind is None:
-            solution = habitual_solution(problem, rng, habits or STUDIED_HABITS)
+            solution = habitual_solution(problem, rng, STUDIED_HABITS)
         else:
             solution = write_solution(problem, kind, rng).text
         messages = prompt_builder(problem.question, problem.answer, solution)

@@ -133,7 +133,7 @@ NO_SERVERS = {
 BASELINE = {"reward.flawed_penalty": 0.0}
 GENRM = {
     "data.train": ["data/fapo-critic-train.parquet"],
-    "data.eval.fpb": "data/flawed-positive-bench.parquet",
+    "data.eval.fpb": "data/fapo-critic-test.parquet",
     "data.eval.processbench": "data/processbench.parquet",
     "data.max_prompt_tokens": 5120,
     "policy.model_path": "models/Qwen3-4B-Instruct-2507",
