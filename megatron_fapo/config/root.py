@@ -161,6 +161,12 @@ RULES = (
         ("evaluate",),
     ),
     Rule(
+        ("genrm.urls", "genrm.servers", "genrm.model_path"),
+        lambda c: asks_genrm(c) and bool(c.genrm.urls) and c.genrm.servers > 0 and c.genrm.model_path is None,
+        "servers of ours need a model_path; set genrm.servers to 0 to use the URLs alone",
+        ("train", "evaluate", "label"),
+    ),
+    Rule(
         ("reward.rho_shift", "reward.flawed_penalty"),
         lambda c: c.reward.rho_shift is not None and c.reward.flawed_penalty != RewardConfig().flawed_penalty,
         "both set lambda; keep one",
