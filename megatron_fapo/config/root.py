@@ -67,7 +67,7 @@ def samplers(c: Config) -> dict[str, SamplerConfig]:
 
 
 def _genrm_homeless(c: Config) -> bool:
-    return asks_genrm(c) and not c.genrm.urls and not (c.genrm.servers > 0 and c.genrm.model_path)
+    return asks_genrm(c) and not (c.genrm.model_path if c.genrm.servers > 0 else c.genrm.urls)
 
 
 def _evaluation_of_nothing(c: Config) -> bool:
@@ -121,7 +121,7 @@ RULES = (
     Rule(
         ("genrm.enabled", "genrm.urls", "genrm.servers", "genrm.model_path"),
         _genrm_homeless,
-        "name a GenRM: genrm.urls of running servers, or genrm.model_path with servers > 0;"
+        "name a GenRM: genrm.model_path for the servers of ours, or genrm.urls of running ones with servers = 0;"
         " or set genrm.enabled to false for the rule-only baseline",
         ("train",),
     ),
@@ -159,12 +159,6 @@ RULES = (
         lambda c: c.genrm.judge_eval and _genrm_homeless(c),
         "name a GenRM to judge with, or set genrm.judge_eval to false",
         ("evaluate",),
-    ),
-    Rule(
-        ("genrm.urls", "genrm.servers", "genrm.model_path"),
-        lambda c: asks_genrm(c) and bool(c.genrm.urls) and c.genrm.servers > 0 and c.genrm.model_path is None,
-        "servers of ours need a model_path; set genrm.servers to 0 to use the URLs alone",
-        ("train", "evaluate", "label"),
     ),
     Rule(
         ("reward.rho_shift", "reward.flawed_penalty"),

@@ -186,7 +186,7 @@ NO_GENRM = "genrm.enabled=false"
         ([NO_GENRM, "training.evaluation.every_steps=5"], "data.eval", {"train"}),
         ([NO_GENRM], "", set()),
         (["genrm.urls=['http://a/v1']", "genrm.servers=0"], "", set()),
-        (["genrm.urls=['http://a/v1']"], "servers of ours need a model_path", {"train", "evaluate"}),
+        (["genrm.urls=['http://a/v1']"], "genrm.model_path", {"train", "evaluate"}),
         (["reward.compute_score=a:b"], "", set()),
     ],
 )
