@@ -31,7 +31,7 @@ from megatron_fapo.observe.metrics import FILE, read_metrics
 from megatron_fapo.observe.samples import read_samples
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
-from megatron_fapo.windtunnel.arms import CRITIC_STEPS, EXAMPLES, STEPS, Arm
+from megatron_fapo.windtunnel.arms import ARMS, CRITIC_STEPS, EXAMPLES, STEPS, Arm
 from megatron_fapo.windtunnel.report import write_report
 from megatron_fapo.windtunnel.summary import read, summarise
 
@@ -133,11 +133,12 @@ def _alone(out: Path) -> Iterator[None]:
 
 async def _prepare(runs: Sequence[Run], tunnel: Tunnel) -> None:
     """Problems, and for the critic's arms their rows and a GenRM that has learned half of its trade."""
-    out, policies = tunnel.out, [run for run in runs if run[0].kind == "policy"]
-    drawn = [load_config(*tunnel.arguments(*run)).config.training.prompts_per_step * tunnel.steps for run in policies]
-    write_testbed(out / "data", max([PROMPTS, *drawn]), 64, DATA_SEED)  # no prompt is drawn twice
+    out = tunnel.out
+    # No prompt is drawn twice; and the same file whichever arms are asked for, so that arms can be added later.
+    drawn = tunnel.steps * load_config(*tunnel.arguments(ARMS[0], 0)).config.training.prompts_per_step
+    write_testbed(out / "data", max(PROMPTS, drawn), 64, DATA_SEED)
     base = out / "critic-base"
-    if len(policies) == len(runs):
+    if all(arm.kind == "policy" for arm, _ in runs):
         return
     write_prompts(
         out / "data" / "critic.jsonl",

@@ -126,3 +126,24 @@ def test_there_are_as_many_prompts_as_a_long_run_draws(runs: Runs, tmp_path: Pat
     runs.fail |= {"baseline-seed1", "fapo_oracle-seed1"}
     windtunnel_command(ARMS, (1,), Tunnel(tmp_path, steps=150))
     assert len((tmp_path / "data" / "train.jsonl").read_text().splitlines()) == 150 * 16
+
+
+@pytest.mark.usefixtures("runs")
+def test_arms_can_be_added_to_long_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic's arms do not rewrite the policies' prompts, which would make their runs look foreign."""
+    tunnel = Tunnel(tmp_path, steps=150, critic_steps=1)
+    (tmp_path / "critic-base").mkdir()
+    (tmp_path / "critic-base" / "model.safetensors.index.json").write_text("{}")
+    monkeypatch.setattr(command, "_run_all", _nothing_fails)
+    monkeypatch.setattr(command, "read_metrics", lambda _run: [])
+    monkeypatch.setattr(command, "read", lambda *_: None)
+    monkeypatch.setattr(command, "summarise", lambda _readings: {})
+    monkeypatch.setattr(command, "write_report", lambda *_: "")
+    assert windtunnel_command(ARMS, (1,), tunnel) == 0
+    before = (tmp_path / "data" / "train.jsonl").read_bytes()
+    assert windtunnel_command(choose(["critic_outcome"], quick=False), (1,), tunnel) == 0
+    assert (tmp_path / "data" / "train.jsonl").read_bytes() == before
+
+
+async def _nothing_fails(*_: object) -> list[Path]:
+    return []
