@@ -264,16 +264,6 @@ class RolloutEngine:
             self._paused = False
             await self._llm.resume_generation()
 
-    async def sleep(self, level: int = 1) -> None:
-        """Give the GPU memory of weights (level 1: kept in host memory; 2: dropped) and KV cache back."""
-        if level >= 2:
-            self._version.fail()  # what wakes up is uninitialised memory, until a refit
-        await self._llm.sleep(level)
-
-    async def wake(self, tags: list[str] | None = None) -> None:
-        """Take GPU memory again: `weights`, then, after a refit, `kv_cache`; None takes both."""
-        await self._llm.wake_up(tags)
-
     async def begin_refit(self) -> dict[str, float]:
         """Stop serving and make ready for new weights. Returns seconds by phase, as the other steps do.
 
