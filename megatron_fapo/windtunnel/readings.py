@@ -50,6 +50,7 @@ def policy_terms(sample: Sample) -> Terms:
         "response_tokens": (sample["response_tokens"], 1),
         "unscored_share": (sample["reward"] is None, 1),
         "judge_missed": (judged_flawed and not found, judged_flawed),
+        "missed_of_right": (judged_flawed and not found, verdict is not None),
         "judge_invented": (judged_sound and verdict != -1, judged_sound),
         "judge_located": (found and verdict == truth, found),
     }

@@ -14,7 +14,7 @@ from megatron_fapo.observe.plots import Plot, draw
 from megatron_fapo.windtunnel.summary import Reading, shown_gap
 
 POLICY = ("accuracy", "flawed_ratio", "response_tokens", "rho")
-JUDGE = ("judge_missed", "judge_invented", "judge_located", "unscored_share")
+JUDGE = ("judge_missed", "missed_of_right", "judge_invented", "judge_located", "unscored_share")
 CRITIC = ("f1", "precision", "recall", "localisation_error", "localisation_exact", "response/tokens_mean")
 PLOTS = (
     Plot("Accuracy", "Share of right answers among training samples.", ("accuracy",), percent=True),
@@ -96,9 +96,10 @@ def _tables(summary: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
                 tables.append((f"{title}: paired differences", rows))
     judges = {name: arm for name, arm in arms.items() if "judge_missed" in arm and arm["judge_missed"] > 0}
     if judges:
-        rows = [["arm", *JUDGE, "judge_missed, last - first quarter"]]
+        drifts = ("judge_missed", "missed_of_right")
+        rows = [["arm", *JUDGE, *(f"{metric}, last - first quarter" for metric in drifts)]]
         rows += [
-            [name, *(_cell(arm, m) for m in JUDGE), shown_gap(arm["drift"].get("judge_missed"))]
+            [name, *(_cell(arm, m) for m in JUDGE), *(shown_gap(arm["drift"].get(m)) for m in drifts)]
             for name, arm in judges.items()
         ]
         tables.append(("The frozen judge against the oracle", rows))

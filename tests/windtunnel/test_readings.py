@@ -61,6 +61,7 @@ def test_policy_counts_by_hand():
     assert values["flawed_ratio"] == 3 / 5
     assert values["rho"] == 2.0
     assert (values["judge_missed"], values["judge_invented"], values["judge_located"]) == (1 / 3, 1.0, 1 / 2)
+    assert values["missed_of_right"] == 1 / 4
     assert values["unscored_share"] == 1 / 7
     assert problem.question == base["question"]
 
