@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_fapo.config.algorithm import AlgorithmConfig
+from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.data import DataConfig
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.labelling import LabellingConfig, SamplerConfig
@@ -29,6 +30,7 @@ class Config(Section):
     """`auto` takes GPUs if there are any. `gpu` without one is refused."""
     gpu_share: float = Field(1.0, gt=0, le=1)
     """GPU share that Ray gives each policy, engine and GenRM server rank; 0.3 puts one of each on one card."""
+    cluster: ClusterConfig = ClusterConfig()
     data: DataConfig = DataConfig()
     policy: PolicyConfig = PolicyConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -77,6 +79,11 @@ def _evaluation_of_nothing(c: Config) -> bool:
 
 
 RULES = (
+    Rule(
+        ("cluster.train_nodes", "cluster.rollout_nodes", "cluster.genrm_nodes"),
+        lambda c: c.cluster.train_nodes == 0 and c.cluster.rollout_nodes + c.cluster.genrm_nodes > 0,
+        "roles are given nodes in this order: set train_nodes too",
+    ),
     Rule(
         ("training.prompts_per_step", "training.prompts_per_mini_batch"),
         lambda c: c.training.prompts_per_step % c.training.prompts_per_mini_batch != 0,
