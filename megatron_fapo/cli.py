@@ -72,6 +72,13 @@ def _genrm_label(args: argparse.Namespace) -> int:
     return label_command(config, out=args.out, yes=args.yes, dry_run=args.dry_run)
 
 
+def _genrm_serve(args: argparse.Namespace) -> int:
+    config = _checked_config(args, "serve")
+    from megatron_fapo.training.serve import serve_command
+
+    return serve_command(config, path=args.rendezvous)
+
+
 def _windtunnel(args: argparse.Namespace) -> int:
     from megatron_fapo.windtunnel.command import Tunnel, windtunnel_command
 
@@ -158,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
     train.set_defaults(verb=_train)
 
-    genrm = verbs.add_parser("genrm", help="train the GenRM, make its data").add_subparsers(
+    genrm = verbs.add_parser("genrm", help="train the GenRM, make its data, serve it").add_subparsers(
         metavar="VERB", required=True
     )
     genrm_train = _with_config(genrm.add_parser("train", help="train a GenRM on FAPO-Critic rows, step-wise reward"))
@@ -169,6 +176,10 @@ def _parser() -> argparse.ArgumentParser:
     label.add_argument("--yes", action="store_true", help="do not ask after the estimate")
     label.add_argument("--dry-run", action="store_true", help="only the estimate")
     label.set_defaults(verb=_genrm_label)
+
+    serve = _with_config(genrm.add_parser("serve", help="GenRM servers for several runs, found through a file"))
+    serve.add_argument("--rendezvous", type=Path, required=True, metavar="FILE", help="where runs find the service")
+    serve.set_defaults(verb=_genrm_serve)
 
     data = verbs.add_parser("data", help="make data sets").add_subparsers(metavar="VERB", required=True)
     prepare = data.add_parser("prepare", help="the recipe's data sets and the GenRM's benchmarks as parquet")

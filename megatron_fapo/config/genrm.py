@@ -14,8 +14,13 @@ class GenRMConfig(Section):
     """False scores by the rule alone: the baseline."""
     urls: list[str] = []
     """External OpenAI-compatible base URLs (`http://host:port/v1`), used beside the servers started here."""
+    rendezvous: str | None = None
+    """File of a judge service (`fapo genrm serve --rendezvous FILE`), on a filesystem that both see. Its servers are
+    used beside those started here and the URLs. The run waits for it up to start_timeout_s, and follows it when it
+    moves."""
     api_key_env: str | None = None
-    """Name of the environment variable with the API key of the external URLs."""
+    """Name of the environment variable with the API key of the external URLs and of the service. Servers that we start
+    ask for the same key."""
     served_model: str = "genrm"
     """The model name sent to servers; ours serve under it. A URL that does not list it is refused at start."""
     judge_function: str | None = None

@@ -21,17 +21,19 @@ CHECKPOINT_BYTES_PER_PARAMETER = 18
 def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
     """All problems that the files and this machine show, each with its remedy; empty when the work may start.
 
-    Only what `purpose` uses is looked at: a warm-up needs no prompts and no GenRM, only training keeps checkpoints.
+    Only what `purpose` uses is looked at: a warm-up needs no prompts and no GenRM, a judge service nothing
+    else, only training keeps checkpoints.
     """
     problems = _data_problems(config, purpose)
-    problems += _sampler_problems(config) if purpose == "label" else _model_problems(config, purpose)
+    if purpose != "serve":
+        problems += _sampler_problems(config) if purpose == "label" else _model_problems(config, purpose)
     problems += _genrm_problems(config, purpose)
     if config.device == "gpu":  # `auto` cannot fail, and looking takes seconds: it imports torch.
         try:
             choose_device(config.device)
         except UserError as error:
             problems.append(str(error))
-    return problems + (_function_problems(config) if purpose != "warmup" else [])
+    return problems + (_function_problems(config) if purpose not in ("warmup", "serve") else [])
 
 
 def _data_problems(config: Config, purpose: Purpose) -> list[str]:
@@ -140,12 +142,12 @@ def _function_problems(config: Config) -> list[str]:
 
 def _genrm_problems(config: Config, purpose: Purpose) -> list[str]:
     genrm, problems = config.genrm, []
-    asked = purpose in ("train", "label") or (purpose == "evaluate" and genrm.judge_eval)
+    asked = purpose in ("train", "label", "serve") or (purpose == "evaluate" and genrm.judge_eval)
     if not asked or not asks_genrm(config):
         return []
     if genrm.servers > 0 and genrm.model_path is not None:
         problems += _checkpoint_problems("genrm.model_path", Path(genrm.model_path))
-    if genrm.urls and genrm.api_key_env is not None and genrm.api_key_env not in os.environ:
+    if genrm.api_key_env is not None and genrm.api_key_env not in os.environ:
         problems.append(f"genrm.api_key_env: the environment has no variable {genrm.api_key_env}; export the API key")
     return problems
 

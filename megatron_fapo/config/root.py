@@ -13,6 +13,7 @@ from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.data import DataConfig
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.labelling import LabellingConfig, SamplerConfig
+from megatron_fapo.config.observe import ObserveConfig
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.config.rollout import RolloutConfig
@@ -40,9 +41,10 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     training: TrainingConfig = TrainingConfig()
     labelling: LabellingConfig = LabellingConfig()
+    observe: ObserveConfig = ObserveConfig()
 
 
-Purpose = Literal["train", "evaluate", "warmup", "label"]
+Purpose = Literal["train", "evaluate", "warmup", "label", "serve"]
 """What a configuration is read for."""
 
 
@@ -69,7 +71,7 @@ def samplers(c: Config) -> dict[str, SamplerConfig]:
 
 
 def _genrm_homeless(c: Config) -> bool:
-    return asks_genrm(c) and not (c.genrm.model_path if c.genrm.servers > 0 else c.genrm.urls)
+    return asks_genrm(c) and not (c.genrm.model_path if c.genrm.servers > 0 else c.genrm.urls or c.genrm.rendezvous)
 
 
 def _evaluation_of_nothing(c: Config) -> bool:
@@ -126,17 +128,32 @@ RULES = (
         ("train", "evaluate"),
     ),
     Rule(
-        ("genrm.enabled", "genrm.urls", "genrm.servers", "genrm.model_path"),
+        ("genrm.enabled", "genrm.urls", "genrm.rendezvous", "genrm.servers", "genrm.model_path"),
         _genrm_homeless,
-        "name a GenRM: genrm.model_path for the servers of ours, or genrm.urls of running ones with servers = 0;"
-        " or set genrm.enabled to false for the rule-only baseline",
+        "name a GenRM: genrm.model_path for the servers of ours, or with servers = 0 genrm.urls of running ones or the"
+        " genrm.rendezvous of a judge service; or set genrm.enabled to false for the rule-only baseline",
         ("train",),
     ),
     Rule(
-        ("genrm.urls", "genrm.servers", "genrm.model_path", "genrm.judge_function"),
+        ("genrm.urls", "genrm.rendezvous", "genrm.servers", "genrm.model_path", "genrm.judge_function"),
         _genrm_homeless,
-        "name the teacher: genrm.urls, genrm.model_path with servers > 0, or genrm.judge_function",
+        "name the teacher: genrm.model_path with servers > 0, or with servers = 0 genrm.urls, genrm.rendezvous or"
+        " genrm.judge_function",
         ("label",),
+    ),
+    Rule(
+        (
+            *("genrm.enabled", "genrm.judge_function", "genrm.servers", "genrm.model_path", "genrm.urls"),
+            *("genrm.rendezvous", "reward.compute_score", "reward.task"),
+        ),
+        lambda c: (
+            not asks_genrm(c)
+            or not (c.genrm.servers > 0 and c.genrm.model_path)
+            or bool(c.genrm.urls or c.genrm.rendezvous)
+        ),
+        "a judge service starts genrm.servers > 0 servers of genrm.model_path and nothing else: leave the other fields"
+        " at their defaults; the file to write is --rendezvous",
+        ("serve",),
     ),
     Rule(
         ("genrm.enabled", "reward.compute_score", "reward.task"),
@@ -162,7 +179,7 @@ RULES = (
         "each sampler has either a model_path, or urls with model, the name that they serve",
     ),
     Rule(
-        ("genrm.judge_eval", "genrm.enabled", "genrm.urls", "genrm.servers", "genrm.model_path"),
+        ("genrm.judge_eval", "genrm.enabled", "genrm.urls", "genrm.rendezvous", "genrm.servers", "genrm.model_path"),
         lambda c: c.genrm.judge_eval and _genrm_homeless(c),
         "name a GenRM to judge with, or set genrm.judge_eval to false",
         ("evaluate",),
@@ -206,6 +223,11 @@ RULES = (
         ),
         "name a metric eval/NAME/... of an evaluation set of data.eval",
         ("train",),
+    ),
+    Rule(
+        ("observe.stall_abort_s", "observe.stall_warning_s"),
+        lambda c: c.observe.stall_abort_s is not None and c.observe.stall_abort_s < c.observe.stall_warning_s,
+        "a run that is ended for a stall has warned of it before: lower the warning or raise the abort",
     ),
     Rule(
         ("data.question_key", "data.answer_key"),

@@ -4,6 +4,9 @@ One verdict is one or more requests. A request waits, first come first served, f
 which); a failed one is repeated on another server; an unreadable or cut critique is asked for once more with another
 seed. The clock of `genrm.deadline_s` starts when the verdict's first request is sent: queueing behind other verdicts is
 not the judge's fault. When no server has answered for `deadline_s`, whoever waits is told so.
+
+With `genrm.rendezvous` the servers of a judge service join the pool, and leave it when the service moves: what they
+were asked is then asked of the new ones.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import random
 import resource
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -26,8 +30,9 @@ from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.errors import UserError
+from megatron_fapo.genrm import rendezvous
 from megatron_fapo.genrm.counters import Counters
-from megatron_fapo.genrm.pool import Effect, ServerPool
+from megatron_fapo.genrm.pool import Effect, ServerPool, State
 from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages
 from megatron_fapo.genrm.transport import Answer, Failure, FailureKind, ask, list_models
 from megatron_fapo.genrm.verdict import Reason, Unscored, parse_verdict
@@ -43,6 +48,7 @@ EXPECTED_CRITIQUE_TOKENS = 1024
 
 _EFFECTS = {
     FailureKind.TIMEOUT: Effect.FAILED,
+    FailureKind.NO_CONNECTION: Effect.FAILED,
     FailureKind.CONNECTION: Effect.FAILED,
     FailureKind.HTTP_5XX: Effect.FAILED,
     FailureKind.BAD_BODY: Effect.FAILED,
@@ -51,7 +57,11 @@ _EFFECTS = {
     FailureKind.BUSY: Effect.BUSY,
     FailureKind.HTTP_4XX: Effect.NOTHING,
     FailureKind.CONTEXT: Effect.NOTHING,
+    FailureKind.WITHDRAWN: Effect.NOTHING,
 }
+_COSTS_NO_ATTEMPT = {FailureKind.BUSY, FailureKind.GONE, FailureKind.NO_CONNECTION, FailureKind.WITHDRAWN}
+"""No server has read the request: one such failure must not use up a verdict's attempts while a service moves. The pool
+keeps away from the server for a while, and the deadline ends it."""
 
 
 class GenRMUnavailable(UserError):
@@ -93,21 +103,26 @@ class GenRMClient:
 
     def __init__(self, urls: Sequence[str], config: GenRMConfig) -> None:
         self._config = config
-        self._pool = ServerPool([url.rstrip("/") for url in urls], config.max_concurrent_per_server)
+        self._fixed = [url.rstrip("/") for url in urls]
+        self._pool = ServerPool(self._fixed, config.max_concurrent_per_server)
         self._context: dict[str, int | None] = {}
         self._waiters: deque[_Waiter] = deque()
         self._shared: dict[str, _Shared] = {}
         self._counters = Counters()
         self._critique_tokens = float(EXPECTED_CRITIQUE_TOKENS)
         self._session: aiohttp.ClientSession | None = None
-        self._tending: list[asyncio.Task[None]] = []
+        self._tending: dict[str, asyncio.Task[None]] = {}
+        self._cuts: dict[str, set[asyncio.Timeout]] = {}
+        """Server -> its open requests."""
 
     async def check(self) -> None:
-        """Opens the pool: every server must answer and list `genrm.served_model`.
+        """Opens the pool: every server must answer and list `genrm.served_model`. Waits for a judge service.
 
-        Raises GenRMUnavailable with everything that is wrong, and closes what it opened.
+        Raises GenRMUnavailable with everything that is wrong, or RendezvousError, and closes what it opened.
         """
-        problems = [] if self._pool.servers else ["no server: set genrm.servers or genrm.urls, or genrm.enabled=false"]
+        problems = []
+        if not self._fixed and self._config.rendezvous is None:
+            problems = ["no server: set genrm.servers, genrm.urls or genrm.rendezvous, or genrm.enabled=false"]
         try:
             session = self._open()
             urls = list(self._pool.servers)
@@ -123,6 +138,9 @@ class GenRMClient:
                     )
             if problems:
                 raise GenRMUnavailable("the GenRM pool cannot be used:\n- " + "\n- ".join(problems))
+            if self._config.rendezvous is not None:
+                await self._meet()
+                self._start(self._config.rendezvous, self._follow())
         except BaseException:
             await self.close()
             raise
@@ -166,18 +184,18 @@ class GenRMClient:
         values = dict.fromkeys(("genrm/called", "genrm/answered", "genrm/unscored", "genrm/retries"), 0.0)
         values |= self._counters.metrics("genrm")
         values["genrm/completion_tokens_mean"] = counts["completion_tokens"] / max(1, counts["answered"])
-        servers = self._pool.servers.values()
+        servers = self._pool.present()
         values["genrm/servers_alive"] = float(sum(server.down_since is None for server in servers))
         values["genrm/servers_down"] = float(sum(server.down_since is not None for server in servers))
         return values
 
     async def close(self) -> None:
         """Cancels what is under way and closes every connection."""
-        tasks = [*self._tending, *(shared.task for shared in self._shared.values())]
+        tasks = [*self._tending.values(), *(shared.task for shared in self._shared.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self._tending, self._shared = [], {}
+        self._tending, self._shared = {}, {}
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -190,10 +208,13 @@ class GenRMClient:
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=PROBE_TIMEOUT_S),
                 headers=_authorization(self._config.api_key_env),
             )
-            self._tending = [asyncio.create_task(self._tend(url), name=f"tend {url}") for url in self._pool.servers]
-            for task in self._tending:
-                task.add_done_callback(_report_death)
+            for url in self._pool.servers:
+                self._start(url, self._tend(url))
         return self._session
+
+    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        task = self._tending[name] = asyncio.create_task(work, name=f"tend {name}")
+        task.add_done_callback(_report_death)
 
     async def _models(self, session: aiohttp.ClientSession, url: str) -> dict[str, int | None] | str:
         models = await list_models(session, url, PROBE_TIMEOUT_S)
@@ -208,11 +229,69 @@ class GenRMClient:
             if self._pool.probe_due(url, _now()):
                 models = await self._models(session, url)
                 self._pool.probed(url, not isinstance(models, str) and self._config.served_model in models, _now())
-            down_since = self._pool.down_since()
-            if down_since is not None and _now() - down_since > self._config.deadline_s:
-                while self._waiters:
-                    _settle(self._waiters.popleft().server, None)
+            self._end_hopeless_waits()
             self._dispatch()
+
+    def _end_hopeless_waits(self) -> None:
+        down_since = self._pool.down_since()
+        if down_since is not None and _now() - down_since > self._config.deadline_s:
+            while self._waiters:
+                _settle(self._waiters.popleft().server, None)
+
+    async def _meet(self) -> None:
+        """Waits until every server of the judge service is in the pool."""
+        deadline, said = _now() + self._config.start_timeout_s, ""
+        while (problem := await self._look()) is not None:
+            if _now() > deadline:
+                waited = f"waited genrm.start_timeout_s = {self._config.start_timeout_s:g} s for the judge service"
+                raise GenRMUnavailable(f"{waited}: {problem}")
+            if problem != said:
+                log.info("waiting for the judge service: %s", problem)
+            said = problem
+            await asyncio.sleep(rendezvous.FOLLOW_S)
+
+    async def _follow(self) -> None:
+        said = None
+        while True:
+            await asyncio.sleep(rendezvous.FOLLOW_S)
+            try:
+                problem = await self._look()
+            except UserError as error:  # somebody else's file must not end the run while servers answer
+                problem = str(error)
+            if problem != said:
+                log.warning("%s", problem or "the judge service is back")
+            said = problem
+            self._end_hopeless_waits()  # nobody tends an empty pool
+
+    async def _look(self) -> str | None:
+        """Makes the servers that the rendezvous file names the pool's, beside the fixed ones. Returns what is in the
+        way; raises RendezvousError."""
+        session = self._open()
+        # A network filesystem that hangs must not stop the loop.
+        service = await asyncio.to_thread(rendezvous.read, Path(self._config.rendezvous or ""))
+        problem = rendezvous.obstacle(service, time.time(), self._config)
+        if service is not None and not rendezvous.is_fresh(service, time.time()):
+            return problem  # it was killed, or only its file is late: the servers' own answers tell
+        urls = [] if service is None else service.urls
+        known = {server.url for server in self._pool.present()}
+        new = [url for url in urls if url not in known]
+        answers = dict(zip(new, await asyncio.gather(*(self._models(session, url) for url in new)), strict=True))
+        silent = {url: models for url, models in answers.items() if isinstance(models, str)}
+        self._replace([*self._fixed, *(url for url in urls if url not in silent)])
+        return problem or next(iter(silent.values()), None)
+
+    def _replace(self, urls: list[str]) -> None:
+        _allow_connections(len(urls) * self._config.max_concurrent_per_server)
+        added, withdrawn = self._pool.replace(urls, _now())
+        for url in withdrawn:
+            self._tending.pop(url).cancel()
+            for cut in self._cuts.pop(url, ()):
+                cut.reschedule(0)
+        for url in added:
+            self._start(url, self._tend(url))
+        if added or withdrawn:
+            log.info("GenRM servers: %d joined, %d left; %d now", len(added), len(withdrawn), len(urls))
+        self._dispatch()
 
     def _prepare(self, key: str, question: str, ground_truth: str, solution: str) -> _Judgement:
         messages = judge_messages(question, ground_truth, solution, self._config.prompt_form)
@@ -245,8 +324,7 @@ class GenRMClient:
         attempts, resampled = 0, False
         while server is not None:
             outcome = await self._request(server, judgement)
-            # A busy server costs no attempt: the pool keeps away from it for a while, and the deadline ends it.
-            attempts += not (isinstance(outcome, Failure) and outcome.kind is FailureKind.BUSY)
+            attempts += not (isinstance(outcome, Failure) and outcome.kind in _COSTS_NO_ATTEMPT)
             last = attempts >= self._config.max_attempts
             if isinstance(outcome, Answer):
                 index = parse_verdict(outcome.critique, outcome.finish_reason, judgement.n_paragraphs)
@@ -310,7 +388,17 @@ class GenRMClient:
         self._counters.add("requests")
         if judgement.requests > 1:
             self._counters.add("retries")
-        outcome = await ask(self._open(), server, body, self._config.request_timeout_s)
+        outcome: Answer | Failure = Failure(FailureKind.WITHDRAWN, "the judge service has moved")
+        cut, cuts = asyncio.timeout(None), self._cuts.setdefault(server, set())
+        if self._pool.servers[server].state is not State.WITHDRAWN:
+            try:
+                async with cut:
+                    cuts.add(cut)
+                    outcome = await ask(self._open(), server, body, self._config.request_timeout_s)
+            except TimeoutError:
+                log.debug("cut short: %s has left the pool", server)
+            finally:
+                cuts.discard(cut)
         if isinstance(outcome, Failure):
             self._counters.add(f"failed/{outcome.kind}")
         return outcome

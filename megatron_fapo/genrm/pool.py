@@ -2,11 +2,13 @@
 
     HEALTHY --failure--> SUSPECT --third failure in a row--> DEAD --probe answers--> RECOVERING --answer--> HEALTHY
                                                               ^-------------failure---------'
+    any --no longer in the list--> WITHDRAWN --in it again--> HEALTHY
 
 Invariants, asserted by the tests
 - A DEAD server gets no request; a RECOVERING one gets one at a time, so that a server which lists its models but never
   answers costs one request per recovery and not a flood.
-- DEAD is left only through an answered probe or an answered request.
+- DEAD is left only through an answered probe, an answered request or withdrawal.
+- A WITHDRAWN server gets no request, and what becomes of its last ones changes nothing.
 - No server holds more than `max_concurrent` requests; outstanding counts return to zero when all requests ended.
 - A server that failed this verdict before is not chosen while another usable one exists, even a full one.
 """
@@ -24,6 +26,7 @@ class State(Enum):
     SUSPECT = "suspect"
     DEAD = "dead"
     RECOVERING = "recovering"
+    WITHDRAWN = "withdrawn"
 
 
 class Effect(Enum):
@@ -67,6 +70,27 @@ class ServerPool:
     def __init__(self, urls: Collection[str], max_concurrent: int) -> None:
         self.servers = {url: Server(url) for url in urls}
         self._max_concurrent = max_concurrent
+        self._empty_since = -math.inf
+
+    def present(self) -> list[Server]:
+        """All that have not been withdrawn."""
+        return [server for server in self.servers.values() if server.state is not State.WITHDRAWN]
+
+    def replace(self, urls: Collection[str], now: float) -> tuple[list[str], list[str]]:
+        """Makes `urls` the servers of the pool; those that stay keep what is known of them. Returns the new ones and
+        the withdrawn ones, whose requests the caller should cut short."""
+        old = {server.url for server in self.present()}
+        added, withdrawn = [url for url in urls if url not in old], [url for url in old if url not in urls]
+        for url in withdrawn:
+            self.servers[url].state = State.WITHDRAWN
+        # One with open requests stays, so that their ends are booked against their beginnings.
+        self.servers = {url: s for url, s in self.servers.items() if s.state is not State.WITHDRAWN or s.requests}
+        for url in added:
+            kept = self.servers.get(url, Server(url))
+            self.servers[url] = Server(url, requests=kept.requests, tokens=kept.tokens)
+        if old and not urls:
+            self._empty_since = now
+        return added, withdrawn
 
     def has_room(self, now: float) -> bool:
         return any(self._room(server, now) for server in self.servers.values())
@@ -76,7 +100,7 @@ class ServerPool:
 
         `tried` are the servers that already failed this verdict: they come into question only when no other is usable.
         """
-        usable = [server for server in self.servers.values() if server.state is not State.DEAD]
+        usable = [server for server in self.present() if server.state is not State.DEAD]
         candidates = [server for server in usable if server.url not in tried] or usable
         free = [server for server in candidates if self._room(server, now)]
         return min(free, key=lambda server: (server.tokens, server.requests)).url if free else None
@@ -90,6 +114,8 @@ class ServerPool:
         server = self.servers[url]
         server.requests -= 1
         server.tokens -= tokens
+        if server.state is State.WITHDRAWN:
+            return
         if effect is Effect.ANSWERED:
             server.state, server.failures, server.down_since = State.HEALTHY, 0, None
             server.probe_at, server.probe_delay_s = math.inf, FIRST_PROBE_S
@@ -121,11 +147,11 @@ class ServerPool:
 
     def down_since(self) -> float | None:
         """Since when no server has answered; None while one counts as alive."""
-        since = [server.down_since for server in self.servers.values()]
-        return None if None in since else max(moment for moment in since if moment is not None)
+        since = [server.down_since for server in self.present()]
+        return None if None in since else max((t for t in since if t is not None), default=self._empty_since)
 
     def _room(self, server: Server, now: float) -> bool:
-        limit = {State.DEAD: 0, State.RECOVERING: 1}.get(server.state, self._max_concurrent)
+        limit = {State.DEAD: 0, State.WITHDRAWN: 0, State.RECOVERING: 1}.get(server.state, self._max_concurrent)
         return server.requests < limit and now >= server.busy_until
 
     def _bury(self, server: Server, now: float) -> None:

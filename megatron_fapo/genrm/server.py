@@ -92,6 +92,8 @@ class GenRMServer:
         options = self.options()
         self._guard = guard = Guard()
         environment = vllm_environment(self._device, start_timeout_s=self._config.start_timeout_s)
+        if self._config.api_key_env is not None:
+            environment["VLLM_API_KEY"] = os.environ[self._config.api_key_env]
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as listener, self._log.open("ab") as log:
             listener.bind((self._host, 0))

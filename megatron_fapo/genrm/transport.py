@@ -18,8 +18,12 @@ class FailureKind(StrEnum):
     TIMEOUT = "timeout"
     GONE = "gone"
     """Connection refused: nobody listens."""
+    NO_CONNECTION = "no_connection"
+    """Nobody answered the attempt to connect in time."""
     CONNECTION = "connection"
     """Broken off during the request."""
+    WITHDRAWN = "withdrawn"
+    """Cut short by us: the judge service has moved."""
     HTTP_5XX = "http_5xx"
     BUSY = "busy"
     """HTTP 429."""
@@ -59,6 +63,8 @@ async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], ti
             async with session.post(f"{url}/chat/completions", json=body) as response:
                 text = (await response.read()).decode(errors="replace")
                 return _read(response, text)
+    except aiohttp.ConnectionTimeoutError as error:
+        return Failure(FailureKind.NO_CONNECTION, str(error))
     except TimeoutError:
         return Failure(FailureKind.TIMEOUT, f"no answer within {timeout_s:g} s")
     except aiohttp.ClientConnectorError as error:

@@ -42,7 +42,9 @@ class Cluster:
     rollout: RolloutPool | None = None
     reward: RewardLoop | None = None
     genrm_urls: list[str] = field(default_factory=list)
-    """Base URLs of the whole GenRM pool."""
+    """Base URLs of the GenRM pool, a judge service's excepted."""
+    genrm_servers: list[Any] = field(default_factory=list)
+    """The GenRMServer actors of ours, in the order of their URLs."""
     transport: str = "shm"
     refits: int = 0
 
@@ -123,7 +125,7 @@ async def _start_engines(pool: RolloutPool, config: Config, facts: list[dict[str
 
 
 async def _start_scoring(config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, *, loop: bool) -> None:
-    urls = cluster.genrm_urls = await _start_genrm(config, cluster.device, stack)
+    urls = cluster.genrm_urls = await _start_genrm(config, cluster.device, stack, cluster.genrm_servers)
     if not loop:
         return
     cluster.reward = RewardLoop(config.reward, config.genrm, urls, config.rollout.max_response_tokens)
@@ -138,7 +140,7 @@ def _kv_caches_are_set(config: Config) -> bool:
 
 async def _check_external_servers(config: Config) -> None:
     """Refuse dead GenRM addresses before any process or GPU is taken."""
-    if asks_genrm(config) and config.genrm.urls:
+    if asks_genrm(config) and (config.genrm.urls or config.genrm.rendezvous):
         client = GenRMClient(config.genrm.urls, config.genrm)
         await client.check()
         await client.close()
@@ -234,7 +236,7 @@ def make_rollout(config: Config, device: str) -> RolloutPool:
     return RolloutPool(engines, logs)
 
 
-async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitStack) -> list[str]:
+async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitStack, actors: list[Any]) -> list[str]:
     """Start our GenRM servers; returns the base URLs of the whole pool."""
     if not asks_genrm(config):
         return []
@@ -242,7 +244,6 @@ async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitS
 
     from megatron_fapo.genrm.server import GenRMServer
 
-    actors = []
     dtype = choose_dtype("auto", device)
     genrm = config.genrm
     if genrm.model_path is not None:  # actors have working directories of their own

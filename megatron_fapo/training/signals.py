@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 EXIT_SAVED = 75
 """EX_TEMPFAIL: stopped on request with everything saved; run again with --resume."""
+EXIT_LOST = 76
+"""A process or a node was lost; run again with --resume."""
 EXIT_INTERRUPTED = 130
 
 
