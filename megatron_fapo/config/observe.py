@@ -1,0 +1,44 @@
+"""`observe`: where metrics go besides metrics.jsonl, and when a run that waits too long says so."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_fapo.config.section import Section
+
+
+class WandbConfig(Section):
+    enabled: bool = False
+    """Needs the extra `wandb`."""
+    project: str = "megatron_fapo"
+    entity: str | None = None
+    """Team or user; None: the key's own."""
+    name: str | None = None
+    """Of the run; None: the name of run_dir."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` writes RUN_DIR/wandb only, for `wandb sync` later; `disabled` is the same as `enabled: false`."""
+    tags: list[str] = []
+
+
+class MLflowConfig(Section):
+    enabled: bool = False
+    """Needs the extra `mlflow`."""
+    tracking_uri: str | None = None
+    """A server (http...) or a directory; None: MLFLOW_TRACKING_URI of the environment, else RUN_DIR/mlruns."""
+    experiment: str = "megatron_fapo"
+    run_name: str | None = None
+    """None: the name of run_dir."""
+
+
+class ObserveConfig(Section):
+    tensorboard: bool = True
+    """Write RUN_DIR/tensorboard."""
+    wandb: WandbConfig = WandbConfig()
+    mlflow: MLflowConfig = MLflowConfig()
+    stall_warning_s: float = Field(300.0, gt=0)
+    """Seconds without any progress until the run says what it waits for; again whenever the wait has doubled. One long
+    response, update or checkpoint is no progress either, so set it above the longest of yours."""
+    stall_abort_s: float | None = Field(None, gt=0)
+    """Seconds without any progress that end the run with exit code 76; None: it waits for ever."""
