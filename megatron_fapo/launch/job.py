@@ -1,0 +1,283 @@
+"""A job of Slurm from its first node: preflight, Ray on all nodes, the driver, and what becomes of the job afterwards.
+
+    python -m megatron_fapo.launch.job VERB ARGUMENTS-OF-THE-VERB     (slurm/*.sbatch and `fapo launch` run this)
+
+In: an allocation, and a verb of `fapo` that works on a cluster (`train`, `genrm train`, `genrm serve`, ...). Everything
+else is a Slurm step: one of preflight and one of Ray over all nodes, one of the driver on the first. Signals: SIGUSR1
+(sent before the time limit) stops the driver with everything saved, then the job is requeued and goes on; SIGTERM
+stops it for good. Decisions are in life.py; exit codes too. Standard library only, Python 3.9 or later: with a
+container, the batch host's own Python runs this.
+
+Logs: FAPO_LOGS (runs/slurm) / JOBID.ATTEMPT / {preflight,ray}-NODE.{json,log}, job.json.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_fapo.launch import life, slurm
+from megatron_fapo.launch.preflight import judge, read_reports
+from megatron_fapo.launch.ray_node import address_towards
+
+PREFLIGHT_S = 180.0
+"""For all nodes to report; a hung file system is the usual reason for none."""
+RAY_S = 300.0
+"""For the head of Ray to listen; on cold nodes the imports alone take a minute."""
+NODE_LOST_S = 60.0
+"""How long a driver may go on after a node's Ray has ended: it saves what it can, or waits in vain."""
+TEARDOWN_S = 45.0
+REQUEUE_BEFORE_S = 60.0
+"""A driver that has not stopped so long before the time limit is given up: after the limit nothing is requeued."""
+RESUMABLE = ("train", "genrm train")
+_CPU_STORE_MB = 1024
+_TAIL_LINES = 25
+_POLL_S = 0.5
+
+
+class Job:
+    """One attempt of the job that SLURM_JOB_ID names."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
+        self.argv, self.id, self.attempt = list(argv), env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0)
+        self.env = slurm.step_environment(env)
+        self.nodes = slurm.hostnames(env["SLURM_JOB_NODELIST"])
+        self.partition = env["SLURM_JOB_PARTITION"]
+        root = Path(env.get("FAPO_LOGS", "runs/slurm")).resolve()
+        self.logs, self.history = root / f"{self.id}.{self.attempt}", root / f"{self.id}.json"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        # In a container the image's Python has the packages, else the one that runs this.
+        self.python = env.get("FAPO_CONTAINER_PYTHON", "python3") if env.get("FAPO_CONTAINER") else sys.executable
+        self.asked: str | None = None
+        self.description: dict[str, Any] = {}
+        self.steps: list[subprocess.Popen[bytes]] = []
+        self.ray: subprocess.Popen[bytes] | None = None
+        self.run_dir: Path | None = None
+        self.start_steps: list[int] = json.loads(self.history.read_text()) if self.history.exists() else []
+        self.evidence: dict[str, Any] = {}
+
+    def run(self) -> int:
+        """The whole attempt; returns the batch script's exit code."""
+        signal.signal(signal.SIGUSR1, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+        say(f"job {self.id} attempt {self.attempt} on {', '.join(self.nodes)}; logs: {self.logs}")
+        try:
+            if self._preflight():
+                self._work()
+        except slurm.SlurmError as error:
+            self.evidence["overdue"] = str(error)
+        finally:
+            self._teardown()
+        return self._finish()
+
+    def _on_signal(self, number: int, _: object) -> None:
+        # A cancelled job gets SIGTERM whatever came before.
+        self.asked = life.TIME_LIMIT if number == signal.SIGUSR1 and self.asked is None else life.CANCEL
+        say(f"{signal.Signals(number).name}: {self.asked}")
+
+    def _start(self, nodes: Sequence[str], *command: str, output: str | None = None) -> subprocess.Popen[bytes]:
+        words = slurm.step(nodes, command, self.env, None if output is None else str(self.logs / output))
+        # A session of its own: signals of the batch shell's group are ours to pass on.
+        self.steps.append(subprocess.Popen(words, env=self.env, stdin=subprocess.DEVNULL, start_new_session=True))
+        return self.steps[-1]
+
+    def _until(self, deadline_s: float, what: str) -> Iterator[None]:
+        """A turn every half second; ends when a stop is asked for, and at the deadline, which becomes evidence."""
+        end = time.monotonic() + deadline_s
+        while self.asked is None:
+            yield
+            if time.monotonic() > end:
+                self.evidence["overdue"] = f"{what} after {deadline_s:g} s"
+                return
+            time.sleep(_POLL_S)
+
+    def _preflight(self) -> bool:
+        """Whether the nodes and the configuration are fit for the run."""
+        module = [self.python, "-m", "megatron_fapo.launch.preflight", f"--out={self.logs}"]
+        checks = self._start(self.nodes, *module, "--", *self.argv, output="preflight-%N.log")
+        for _ in self._until(PREFLIGHT_S, "preflight has not ended"):
+            if checks.poll() is not None:
+                break
+        if self.asked is not None:
+            return False
+        reports = read_reports(self.logs)
+        path = self.logs / "job.json"
+        self.description = json.loads(path.read_text()) if path.exists() else {}
+        if self.description:
+            self.run_dir = Path(self.description["run_dir"])
+        self._record_start()
+        self.evidence["bad_input"] = self.description.get("problems", [])
+        self.evidence["bad_nodes"] = {p.node: f"{p.what}; {p.remedy}" for p in judge(reports, self.nodes)}
+        if self.evidence["bad_nodes"] or self.evidence["bad_input"]:
+            self.evidence.pop("overdue", None)  # nodes that did not report are named
+            return False
+        if self.run_dir is None:
+            self.evidence["overdue"] = f"preflight wrote no {path}"
+            return False
+        if life.idle_attempts(self.start_steps[:-1], self.step()) > self.description["idle_restarts"]:
+            self.start_steps.pop()
+            self.evidence["overdue"] = "nothing was started"
+            return False
+        (self.run_dir / "failure.json").unlink(missing_ok=True)
+        say(f"preflight: {len(self.nodes)} nodes are fit; run_dir {self.run_dir}")
+        return True
+
+    def _record_start(self) -> None:
+        """Keep the step at which each attempt of the job begins: Slurm requeues after node failures without asking."""
+        self.start_steps.append(self.step())
+        beside = self.history.with_suffix(".partial")
+        beside.write_text(json.dumps(self.start_steps))
+        beside.replace(self.history)
+
+    def step(self) -> int:
+        """Step of the newest complete checkpoint; -1 without any. What was last known, where run_dir is not."""
+        if self.run_dir is None:
+            return self.start_steps[-1] if self.start_steps else -1
+        found = [p.parent.name for p in self.run_dir.glob("checkpoints/step_*/state.json")]
+        return max((int(name[5:]) for name in found if name[5:].isdigit()), default=-1)
+
+    def _work(self) -> None:
+        """Ray on all nodes, then the driver, until one of them ends."""
+        head = self._head_address()
+        self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        roles, gpus = json.dumps(self.description["roles"]), self.description["gpus"]
+        store = 0 if gpus else _CPU_STORE_MB  # nodes without GPUs may share one machine, and Ray takes 30 % of it each
+        module = [self.python, "-m", "megatron_fapo.launch.ray_node", f"--head={head}", f"--roles={roles}"]
+        options = [f"--out={self.logs}", f"--gpus={gpus}", f"--object-store-mb={store}", f"--deadline={RAY_S}"]
+        self.ray = self._start(self.nodes, *module, *options, output="ray-%N.log")
+        for _ in self._until(RAY_S, f"the head of Ray does not listen on {head}"):
+            if self._ray_ended():
+                return
+            if _listens(head):
+                break
+        if self.asked is not None or "overdue" in self.evidence:
+            return
+        self.env["RAY_ADDRESS"] = head
+        verb = " ".join(word for word in self.argv[:2] if "." not in word and not word.startswith("-"))
+        resume = ["--resume", "auto"] if verb in RESUMABLE else []
+        driver = self._start(self.nodes[:1], self.python, "-m", "megatron_fapo.cli", *self.argv, *resume)
+        self._watch(driver)
+
+    def _watch(self, driver: subprocess.Popen[bytes]) -> None:
+        """Until the driver has ended, by itself or by us."""
+        passed_on: str | None = None
+        give_up: float | None = None
+        limit = slurm.end_time(self.id)
+        while driver.poll() is None:
+            if self.asked != passed_on:
+                driver.send_signal(signal.SIGUSR1 if self.asked == life.TIME_LIMIT else signal.SIGTERM)
+                passed_on = self.asked
+            if give_up is None and self._ray_ended():
+                say(f"lost: {self._lost_nodes()}; the driver has {NODE_LOST_S:g} s to notice and save")
+                give_up = time.monotonic() + NODE_LOST_S
+            out_of_time = limit is not None and time.time() > limit - REQUEUE_BEFORE_S
+            if out_of_time or (give_up is not None and time.monotonic() > give_up):
+                if out_of_time:
+                    self.evidence["overdue"] = f"the driver did not stop until {REQUEUE_BEFORE_S:g} s before the limit"
+                return
+            time.sleep(_POLL_S)
+        self.evidence["driver"] = driver.returncode
+
+    def _head_address(self) -> str:
+        """Where the head of Ray listens: ports that follow from the job's id, so that jobs on one node differ."""
+        address = address_towards(self.nodes[1] if len(self.nodes) > 1 else socket.gethostname())
+        ports = [20000 + (int(self.id) * 8 + 800 * k) % 8000 for k in range(10)]
+        for port in ports:
+            if not _listens(f"{address}:{port}"):
+                return f"{address}:{port}"
+        raise slurm.SlurmError(f"all of the ports {ports} are taken on {self.nodes[0]}")
+
+    def _lost_nodes(self) -> dict[str, str]:
+        return {r["node"]: r["what"] for r in (json.loads(p.read_text()) for p in self.logs.glob("ray-*.json"))}
+
+    def _ray_ended(self) -> bool:
+        assert self.ray is not None
+        if self.ray.poll() is not None:
+            self.evidence["overdue"] = f"the step of Ray ended with exit code {self.ray.returncode}"
+        return self.ray.poll() is not None or bool(self._lost_nodes())
+
+    def _teardown(self) -> None:
+        """End every step; returns when none of them is left."""
+        self.evidence["lost_nodes"] = self._lost_nodes()  # before we end the others
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGKILL):
+            alive = [step for step in self.steps if step.poll() is None]
+            for step in alive:
+                # Only Ray's nodes know SIGUSR2; a driver that is still there at this point has had its time.
+                step.send_signal(number if step is self.ray else signal.SIGKILL)
+            end = time.monotonic() + TEARDOWN_S
+            while any(step.poll() is None for step in alive) and time.monotonic() < end:
+                time.sleep(0.1)
+
+    def _finish(self) -> int:
+        """Decide, explain, and requeue where that is the decision."""
+        failure = None if self.run_dir is None else self.run_dir / "failure.json"
+        evidence = life.Evidence(
+            asked=self.asked,
+            failure=json.loads(failure.read_text()) if failure is not None and failure.exists() else None,
+            start_steps=tuple(self.start_steps),
+            step=self.step(),
+            **self.evidence,
+        )
+        spare = slurm.spare_nodes(self.partition, self.nodes)
+        decision = life.decide(evidence, self.description.get("idle_restarts", 0), spare)
+        print(life.screen(f"job {self.id} attempt {self.attempt}", evidence, decision, self._tails(evidence)))
+        sys.stdout.flush()
+        if decision.requeue:
+            slurm.requeue(self.id, decision.exclude)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)  # Slurm ends us; an exit of our own could be taken for the job's
+        return decision.exit_code
+
+    def _tails(self, evidence: life.Evidence) -> dict[str, str]:
+        """The logs that tell what happened, the first failure's first; nothing when nothing failed."""
+        if evidence.driver == life.EXIT_DONE or (evidence.asked and evidence.driver == life.EXIT_SAVED):
+            return {}
+        paths = [] if evidence.failure is None else [Path(str(evidence.failure["log_path"]))]
+        paths += [self.logs / f"ray-{node}.log" for node in evidence.lost_nodes]
+        paths += [self.logs / f"preflight-{node}.log" for node in evidence.bad_nodes]
+        if evidence.driver not in (None, life.EXIT_BAD_INPUT) and not paths and self.run_dir is not None:
+            paths.append(self.run_dir / "logs" / "driver-0.log")
+        tails = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # the one that failed may not have come to write any
+                tails[str(path)] = "\n".join(path.read_text(errors="replace").splitlines()[-_TAIL_LINES:])
+        return tails
+
+
+def say(text: str) -> None:
+    """One line of the job's own output."""
+    print(f"[{time.strftime('%F %T')}] {text}", flush=True)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.settimeout(2.0)
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Raises:
+        SystemExit: outside of a Slurm allocation.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    absent = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION") if name not in os.environ]
+    if absent or not words:
+        print(f"job: runs inside of a Slurm job ({', '.join(absent)} unset); submit slurm/*.sbatch or use fapo launch")
+        return life.EXIT_BAD_INPUT
+    return Job(words, os.environ).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

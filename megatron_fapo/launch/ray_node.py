@@ -1,0 +1,136 @@
+"""Ray on one node of an allocation: started, watched, and ended with everything that it started.
+
+    python -m megatron_fapo.launch.ray_node --head IP:PORT --roles '[["train"], ["rollout"], ["genrm"]]' --out DIR ...
+
+One task per node of one Slurm step. The first node (SLURM_NODEID 0) runs the head; the others wait for its port. Each
+node has one Ray resource per role, `train`, `rollout` or `genrm`, and `fapo_node_I`, its place in the allocation.
+SIGUSR2 and SIGTERM end it. When Ray ends by itself, `ray-NODE.json` in DIR says so and `ray-NODE.log` why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_fapo.rollout.guard import Guard
+
+MEMBER = 1000
+"""Of a role's resource: a mark of membership, never used up."""
+_POLL_S = 0.2
+_LOG_LINES = 20
+
+
+def address_towards(host: str) -> str:
+    """This node's address on the network that leads to `host`.
+
+    Raises:
+        OSError: no such host, or no way to it.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing: it only chooses the interface
+        return str(probe.getsockname()[0])
+
+
+def wait_for_port(address: str, deadline_s: float, asked: Callable[[], bool] = lambda: False) -> None:
+    """Until somebody listens there, or `asked` to stop.
+
+    Raises:
+        TimeoutError: nobody listens there.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + deadline_s
+    while not asked():
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise TimeoutError(f"nothing listens on {address} after {deadline_s:g} s: {error}") from error
+            time.sleep(_POLL_S)
+
+
+def ray_command(index: int, head: str, address: str, roles: Sequence[str], args: argparse.Namespace) -> list[str]:
+    """`ray start` for a node: ports that other jobs on the node do not use, roles as resources."""
+    resources = dict.fromkeys(roles, MEMBER) | {f"fapo_node_{index}": 1}
+    port = int(head.rpartition(":")[2])
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}"]
+    words += ["--disable-usage-stats", f"--resources={json.dumps(resources)}", f"--num-gpus={args.gpus}"]
+    words += [f"--dashboard-agent-listen-port={port + 1}", f"--metrics-export-port={port + 2}"]
+    if args.object_store_mb:
+        words.append(f"--object-store-memory={args.object_store_mb * 2**20}")
+    if index:
+        return [*words, f"--address={head}"]
+    return [*words, "--head", f"--port={port}", f"--ray-client-server-port={port + 3}", "--include-dashboard=false"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run Ray until asked to end; 0 then, 1 when it ended by itself or never came up."""
+    parser = argparse.ArgumentParser(prog="ray_node")
+    parser.add_argument("--head", required=True, help="address:port")
+    parser.add_argument("--roles", type=json.loads, required=True, help="for each node, its roles")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--object-store-mb", type=int, default=0, help="0: Ray's own choice")
+    parser.add_argument("--deadline", type=float, default=300.0, help="for the head to listen, seconds")
+    args = parser.parse_args(argv)
+    index = int(os.environ["SLURM_NODEID"])
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    asked = False
+
+    def end(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    signal.signal(signal.SIGUSR2, end)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    guard = Guard()
+    log = args.out / f"ray-{node}.log"
+    try:
+        with log.open("ab") as output:
+            if index:
+                wait_for_port(args.head, args.deadline, lambda: asked)
+            host = args.head.rpartition(":")[0]
+            address = host if index == 0 else address_towards(host)
+            process = subprocess.Popen(
+                ray_command(index, args.head, address, args.roles[index], args),
+                env={**os.environ, **guard.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        while not asked and process.poll() is None:
+            time.sleep(_POLL_S)
+        ended = None if asked else f"Ray ended with exit code {process.returncode}"
+    except (TimeoutError, OSError) as error:
+        ended = None if asked else f"Ray did not start: {error}"
+    if ended is not None:
+        _append_ray_logs(log)
+        beside = args.out / f"ray-{node}.partial"
+        beside.write_text(json.dumps({"node": node, "what": ended, "time": time.time()}))
+        beside.rename(args.out / f"ray-{node}.json")
+    guard.release()
+    return 0 if asked else 1
+
+
+def _append_ray_logs(log: Path) -> None:
+    """What Ray's own processes said last: their logs vanish with the node."""
+    with log.open("a") as output:
+        for path in sorted(glob.glob("/tmp/ray/session_latest/logs/*")):
+            if os.path.basename(path).startswith(("raylet", "gcs_server")) and os.path.getsize(path):
+                with open(path, errors="replace") as file:
+                    output.write(f"--- {path}\n" + "".join(file.readlines()[-_LOG_LINES:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
