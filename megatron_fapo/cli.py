@@ -6,8 +6,11 @@ Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped by a signal and 130 by Ct
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_fapo import __version__
@@ -23,6 +26,19 @@ EXIT_BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code."""
+    args = parse(argv)
+    try:
+        return int(args.verb(args))
+    except UserError as error:
+        print(f"fapo: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """
+    Raises:
+        SystemExit: 2, with the usage on stderr.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     # argparse fills a list of positionals once, so overrides that follow a later option arrive as leftovers.
@@ -31,49 +47,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     if rest:
         args.overrides += rest
-    try:
-        return int(args.verb(args))
-    except UserError as error:
-        print(f"fapo: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return args
 
 
-def _checked_config(args: argparse.Namespace, purpose: Purpose) -> Config:
-    """The configuration, once neither it nor the files it names show a problem: all are reported together."""
+def checked_config(args: argparse.Namespace) -> Config:
+    """The configuration of a parsed verb, once neither it nor the files it names show a problem: all are reported
+    together."""
     problems: list[str] = []
     try:
-        loaded = load_config(args.config, args.overrides, purpose)
+        loaded = load_config(args.config, [*args.overrides, *args.implied], args.purpose)
     except ConfigError as error:
         if error.loaded is None:
             raise
         loaded, problems = error.loaded, error.problems
-    problems += preflight(loaded.config, purpose)
+    problems += preflight(loaded.config, args.purpose)
     if problems:
         raise ConfigError(problems, loaded)
     return loaded.config
 
 
 def _train(args: argparse.Namespace) -> int:
-    config = _checked_config(args, "train")
+    config = checked_config(args)
     from megatron_fapo.training.loop import train_command
 
     return train_command(config, resume=args.resume)
 
 
-def _genrm_train(args: argparse.Namespace) -> int:
-    args.overrides.append("reward.task=critic")
-    return _train(args)
-
-
 def _genrm_label(args: argparse.Namespace) -> int:
-    config = _checked_config(args, "label")
+    config = checked_config(args)
     from megatron_fapo.training.label import label_command
 
     return label_command(config, out=args.out, yes=args.yes, dry_run=args.dry_run)
 
 
 def _genrm_serve(args: argparse.Namespace) -> int:
-    config = _checked_config(args, "serve")
+    config = checked_config(args)
     from megatron_fapo.training.serve import serve_command
 
     return serve_command(config, path=args.rendezvous)
@@ -94,6 +102,40 @@ def _windtunnel(args: argparse.Namespace) -> int:
     return windtunnel_command(arms, seeds, tunnel)
 
 
+def _launch(args: argparse.Namespace) -> int:
+    from megatron_fapo.launch.experiment import check_tasks, read_tasks, task_spec
+
+    if (args.experiment is None) == (not args.config):
+        raise UserError("launch: give either --experiment FILE or -c FILE")
+    if find_spec("nemo_run") is None:
+        raise UserError("launch: NeMo-Run is not installed; install the extra `launch`")
+    for_slurm = ("nodes", "partition", "account", "time", "dependency", "container", "mounts", "sbatch", "detach")
+    if args.executor == "local" and (stray := [f"--{name}" for name in for_slurm if getattr(args, name)]):
+        raise UserError(f"launch: {', '.join(stray)} only with --executor slurm")
+    if bad := [word for word in args.env if "=" not in word]:
+        raise UserError(f"--env: write KEY=VALUE, not {', '.join(bad)}")
+    if args.executor == "slurm" and not args.dry_run and shutil.which("sbatch") is None:
+        raise UserError("--executor slurm: no sbatch on this machine; submit from a login node, or --dry-run")
+    if args.experiment is not None:
+        specs = read_tasks(args.experiment, args.overrides)
+    else:
+        specs = [task_spec("genrm train" if args.genrm else "train", args.config, args.overrides)]
+    tasks = check_tasks(specs, look_for_gpu=args.executor == "local" and not args.dry_run)
+    # NeMo-Run reads it when it is imported. All nodes write there, and the directory of the runs is on all nodes.
+    home = Path(tasks[0].config.run_dir).resolve().parent / ".nemo_run"
+    os.environ.setdefault("NEMORUN_HOME", str(home))
+    from megatron_fapo.launch.nemo import SlurmOptions, run_local, run_slurm
+
+    title = "fapo" if args.experiment is None else args.experiment.stem
+    environment = dict(word.split("=", 1) for word in args.env)
+    if args.executor == "local":
+        return run_local(title, tasks, environment, dry_run=args.dry_run)
+    sbatch = {key: value if equals else True for key, equals, value in (word.partition("=") for word in args.sbatch)}
+    asked = {name: getattr(args, name) for name in ("partition", "account", "time", "dependency")}
+    options = SlurmOptions(args.nodes, args.container, args.mounts, sbatch, asked)
+    return run_slurm(title, tasks, environment, options, detach=args.detach, dry_run=args.dry_run)
+
+
 def _data_prepare(args: argparse.Namespace) -> int:
     from megatron_fapo.data.prepare import prepare_command
 
@@ -101,7 +143,7 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
 
 def _warmup(args: argparse.Namespace) -> int:
-    config = _checked_config(args, "warmup")
+    config = checked_config(args)
     if not args.data.is_file():
         raise UserError(f"--data: no file {args.data}")
     from megatron_fapo.training.warmup import warmup_command
@@ -110,7 +152,7 @@ def _warmup(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    config = _checked_config(args, "evaluate")
+    config = checked_config(args)
     from megatron_fapo.training.evaluation import evaluate_command
 
     return evaluate_command(config)
@@ -161,25 +203,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fapo {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    train = _with_config(verbs.add_parser("train", help="train a policy"))
+    train = _with_config(verbs.add_parser("train", help="train a policy"), "train")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
     train.set_defaults(verb=_train)
 
     genrm = verbs.add_parser("genrm", help="train the GenRM, make its data, serve it").add_subparsers(
         metavar="VERB", required=True
     )
-    genrm_train = _with_config(genrm.add_parser("train", help="train a GenRM on FAPO-Critic rows, step-wise reward"))
+    genrm_train = _with_config(
+        genrm.add_parser("train", help="train a GenRM on FAPO-Critic rows, step-wise reward"),
+        "train",
+        implied=["reward.task=critic"],
+    )
     genrm_train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
-    genrm_train.set_defaults(verb=_genrm_train)
-    label = _with_config(genrm.add_parser("label", help="make critic rows: sample, keep right answers, judge, agree"))
+    genrm_train.set_defaults(verb=_train)
+    label = _with_config(
+        genrm.add_parser("label", help="make critic rows: sample, keep right answers, judge, agree"), "label"
+    )
     label.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help=".jsonl or .parquet")
     label.add_argument("--yes", action="store_true", help="do not ask after the estimate")
     label.add_argument("--dry-run", action="store_true", help="only the estimate")
     label.set_defaults(verb=_genrm_label)
 
-    serve = _with_config(genrm.add_parser("serve", help="GenRM servers for several runs, found through a file"))
+    serve = _with_config(
+        genrm.add_parser("serve", help="GenRM servers for several runs, found through a file"), "serve"
+    )
     serve.add_argument("--rendezvous", type=Path, required=True, metavar="FILE", help="where runs find the service")
     serve.set_defaults(verb=_genrm_serve)
+
+    launch = _with_config(verbs.add_parser("launch", help="train through NeMo-Run, here or as jobs of Slurm"))
+    launch.add_argument("--executor", choices=("local", "slurm"), required=True)
+    launch.add_argument("--experiment", type=Path, metavar="FILE", help="several tasks; docs/nemo_run.md has the form")
+    launch.add_argument("--genrm", action="store_true", help="`fapo genrm train` in place of `fapo train`")
+    launch.add_argument("--dry-run", action="store_true", help="print configuration and script; submit nothing")
+    launch.add_argument("--detach", action="store_true", help="return when submitted; else follow, Ctrl-C to leave")
+    launch.add_argument("--nodes", type=int, metavar="N", help="default: as config.cluster says")
+    for option in ("partition", "account", "time", "dependency"):
+        launch.add_argument(f"--{option}", help=f"as in sbatch --{option}")
+    launch.add_argument("--container", metavar="IMAGE", help="for pyxis; default: this Python environment")
+    launch.add_argument("--mounts", default="", metavar="A:B,...", help="of the container, beside this directory")
+    launch.add_argument("--env", action="append", default=[], metavar="KEY=VALUE", help="for the run's processes")
+    launch.add_argument("--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help="option of sbatch")
+    launch.set_defaults(verb=_launch)
 
     data = verbs.add_parser("data", help="make data sets").add_subparsers(metavar="VERB", required=True)
     prepare = data.add_parser("prepare", help="the recipe's data sets and the GenRM's benchmarks as parquet")
@@ -189,12 +254,16 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--seed", type=int, default=0, metavar="N", help="of the order of GPQA's options (default 0)")
     prepare.set_defaults(verb=_data_prepare)
 
-    warmup = _with_config(verbs.add_parser("warmup", help="supervised warm-up of a policy or GenRM (cross-entropy)"))
+    warmup = _with_config(
+        verbs.add_parser("warmup", help="supervised warm-up of a policy or GenRM (cross-entropy)"), "warmup"
+    )
     warmup.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of prompts and solutions")
     warmup.add_argument("--out", type=Path, required=True, metavar="DIR", help="HF checkpoint to write")
     warmup.set_defaults(verb=_warmup)
 
-    evaluate = _with_config(verbs.add_parser("evaluate", help="score policy.model_path on the sets of data.eval"))
+    evaluate = _with_config(
+        verbs.add_parser("evaluate", help="score policy.model_path on the sets of data.eval"), "evaluate"
+    )
     evaluate.set_defaults(verb=_evaluate)
 
     convert = verbs.add_parser("convert", help="turn a checkpoint into the other format")
@@ -255,7 +324,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _with_config(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _with_config(
+    parser: argparse.ArgumentParser, purpose: Purpose | None = None, implied: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    parser.set_defaults(purpose=purpose, implied=implied)
     parser.add_argument(
         "-c", "--config", action="append", default=[], type=Path, metavar="FILE", help="YAML; later files win"
     )
