@@ -14,6 +14,7 @@ Logs: FAPO_LOGS (runs/slurm) / JOBID.ATTEMPT / {preflight,ray}-NODE.{json,log}, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -50,6 +51,7 @@ class Job:
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.argv, self.id, self.attempt = list(argv), env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0)
+        self.verb = list(itertools.takewhile(str.isalpha, self.argv))
         self.env = slurm.step_environment(env)
         self.nodes = slurm.hostnames(env["SLURM_JOB_NODELIST"])
         self.partition = env["SLURM_JOB_PARTITION"]
@@ -104,6 +106,8 @@ class Job:
     def _preflight(self) -> bool:
         """Whether the nodes and the configuration are fit for the run."""
         module = [self.python, "-m", "megatron_fapo.launch.preflight", f"--out={self.logs}"]
+        if canary := self.env.get("FAPO_CANARY_S"):
+            module.append(f"--canary-s={canary}")
         checks = self._start(self.nodes, *module, "--", *self.argv, output="preflight-%N.log")
         for _ in self._until(PREFLIGHT_S, "preflight has not ended"):
             if checks.poll() is not None:
@@ -113,11 +117,20 @@ class Job:
         reports = read_reports(self.logs)
         path = self.logs / "job.json"
         self.description = json.loads(path.read_text()) if path.exists() else {}
-        if self.description:
+        if "run_dir" in self.description:
             self.run_dir = Path(self.description["run_dir"])
         self._record_start()
-        self.evidence["bad_input"] = self.description.get("problems", [])
-        self.evidence["bad_nodes"] = {p.node: f"{p.what}; {p.remedy}" for p in judge(reports, self.nodes)}
+        bad_input: list[str] = list(self.description.get("problems", []))
+        bad_nodes: dict[str, str] = {}
+        for problem in () if bad_input else judge(reports, self.nodes):
+            what = f"{problem.what}; {problem.remedy}"
+            if not problem.stops:
+                say(f"warning: {problem.node}: {what}")
+            elif problem.fatal_for_all or not problem.node:
+                bad_input.append(f"{problem.node or 'all nodes'}: {what}")
+            else:
+                bad_nodes[problem.node] = f"{bad_nodes[problem.node]}; {what}" if problem.node in bad_nodes else what
+        self.evidence.update(bad_input=bad_input, bad_nodes=bad_nodes)
         if self.evidence["bad_nodes"] or self.evidence["bad_input"]:
             self.evidence.pop("overdue", None)  # nodes that did not report are named
             return False
@@ -163,8 +176,7 @@ class Job:
         if self.asked is not None or "overdue" in self.evidence:
             return
         self.env["RAY_ADDRESS"] = head
-        verb = " ".join(word for word in self.argv[:2] if "." not in word and not word.startswith("-"))
-        resume = ["--resume", "auto"] if verb in RESUMABLE else []
+        resume = ["--resume", "auto"] if " ".join(self.verb) in RESUMABLE else []
         driver = self._start(self.nodes[:1], self.python, "-m", "megatron_fapo.cli", *self.argv, *resume)
         self._watch(driver)
 

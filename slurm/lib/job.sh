@@ -4,6 +4,7 @@
 #   FAPO_CONFIG     more configuration files, separated by spaces, after the script's own (later ones win)
 #   FAPO_OVERRIDES  more overrides, separated by spaces, which win over the arguments
 #   FAPO_CONTAINER  an image for pyxis/enroot; FAPO_MOUNTS more mounts, FAPO_CONTAINER_PYTHON its Python (python3)
+#   FAPO_CANARY_S   how long a file may take to show on another node, seconds (120)
 #   FAPO_LOGS       where a job's own logs go (default: runs/slurm)
 set -euo pipefail
 cd "${FAPO_HOME:-$SLURM_SUBMIT_DIR}"
