@@ -1,6 +1,7 @@
 """The `fapo` command: one thin function per verb, each importing what it needs when it is called.
 
-Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped by a signal and 130 by Ctrl-C, both with everything saved.
+Exit codes: 0 done, 1 failure, 2 bad input, 75 stopped by a signal and 130 by Ctrl-C, both with everything saved, 76 a
+process or node was lost.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: 2, with the usage on stderr.
     """
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(_plain_resume(sys.argv[1:] if argv is None else argv))
     # argparse fills a list of positionals once, so overrides that follow a later option arrive as leftovers.
     stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if stray:
@@ -48,6 +49,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides += rest
     return args
+
+
+def _plain_resume(argv: Sequence[str]) -> list[str]:
+    """`--resume KEY=VALUE`: argparse would take the override for the value of --resume."""
+    return [
+        "--resume=newest" if word == "--resume" and after not in ("newest", "auto") else word
+        for word, after in zip(argv, [*argv[1:], ""], strict=False)
+    ]
 
 
 def checked_config(args: argparse.Namespace) -> Config:
@@ -182,6 +191,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from megatron_fapo.launch.doctor import doctor_command
+
+    if not args.slurm and (args.partition or args.nodes):
+        raise UserError("doctor: --partition and --nodes only with --slurm")
+    return doctor_command(
+        as_json=args.json,
+        deep=args.deep,
+        directory=args.dir,
+        over_slurm=args.slurm,
+        partition=args.partition,
+        nodes=args.nodes,
+    )
+
+
 def _config_show(args: argparse.Namespace) -> int:
     from megatron_fapo.config.show import show
 
@@ -204,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     train = _with_config(verbs.add_parser("train", help="train a policy"), "train")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
+    _with_resume(train)
     train.set_defaults(verb=_train)
 
     genrm = verbs.add_parser("genrm", help="train the GenRM, make its data, serve it").add_subparsers(
@@ -215,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         implied=["reward.task=critic"],
     )
-    genrm_train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of run_dir")
+    _with_resume(genrm_train)
     genrm_train.set_defaults(verb=_train)
     label = _with_config(
         genrm.add_parser("label", help="make critic rows: sample, keep right answers, judge, agree"), "label"
@@ -286,6 +310,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(verb=_report)
 
+    doctor = verbs.add_parser("doctor", help="what this machine or a partition has, its speed, what is missing")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.add_argument("--deep", action="store_true", help="import torch, megatron, Ray and vLLM too")
+    doctor.add_argument("--dir", type=Path, default=Path(), metavar="DIR", help="disk to measure; shared, with --slurm")
+    doctor.add_argument("--slurm", action="store_true", help="look at idle nodes of a partition, with one srun")
+    doctor.add_argument("--partition", metavar="P", help="default: Slurm's")
+    doctor.add_argument("--nodes", type=int, metavar="N", help="default: all that are idle")
+    doctor.set_defaults(verb=_doctor)
+
     bench = verbs.add_parser("bench", help="measure the method").add_subparsers(metavar="VERB", required=True)
     tunnel = bench.add_parser(
         "windtunnel", help="FAPO and its variants against the baseline, judged by an exact oracle"
@@ -322,6 +355,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("-o", "--out", type=Path, default=Path("runs/demo"), metavar="DIR")
     demo.set_defaults(verb=_demo)
     return parser
+
+
+def _with_resume(parser: argparse.ArgumentParser) -> None:
+    text = "go on from the newest checkpoint of run_dir; with `auto`, begin anew when there is none"
+    parser.add_argument("--resume", nargs="?", const="newest", choices=("newest", "auto"), metavar="auto", help=text)
 
 
 def _with_config(

@@ -88,13 +88,31 @@ def test_wrong_arguments_exit_with_2(arguments):
     assert fapo(*arguments).returncode == 2
 
 
-@pytest.mark.parametrize("code", [0, 1, 75])
+@pytest.mark.parametrize("code", [0, 1, 75, 76])
 def test_train_passes_its_exit_code_on(run_file, monkeypatch, code):
     calls = behind(monkeypatch, "megatron_fapo.training.loop", "train_command", code)
     assert cli.main(["train", "seed=5", "-c", str(run_file), "training.steps=3", "--resume", "gpu_share=0.5"]) == code
     (((config,), kwargs),) = calls
     assert isinstance(config, Config)
-    assert (config.seed, config.training.steps, config.gpu_share, kwargs) == (5, 3, 0.5, {"resume": True})
+    assert (config.seed, config.training.steps, config.gpu_share, kwargs) == (5, 3, 0.5, {"resume": "newest"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resume", "seed"),
+    [
+        (["--resume", "auto"], "auto", 0),
+        (["--resume", "auto", "seed=3"], "auto", 3),
+        (["--resume=auto"], "auto", 0),
+        (["--resume", "seed=3"], "newest", 3),
+        (["seed=3", "--resume"], "newest", 3),
+        (["seed=3"], None, 3),
+    ],
+)
+def test_resume_takes_auto_and_no_override_for_its_value(run_file, monkeypatch, arguments, resume, seed):
+    calls = behind(monkeypatch, "megatron_fapo.training.loop", "train_command", 0)
+    assert cli.main(["train", "-c", str(run_file), *arguments]) == 0
+    assert cli.main(["train", *arguments, "-c", str(run_file)]) == 0
+    assert [(kwargs["resume"], config.seed) for (config,), kwargs in calls] == [(resume, seed)] * 2
 
 
 def test_an_error_for_the_user_from_inside_a_verb_exits_with_2(run_file, monkeypatch, capsys):

@@ -5,10 +5,13 @@ The driver's side is `policy/group.py`. Methods that say so are collective: the 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
+import os
 import shutil
 import socket
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from megatron_fapo.policy.worker import PolicyWorker, Rank, StepResult
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
+_SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface."""
 
 
 class PolicyActor:
@@ -44,6 +49,10 @@ class PolicyActor:
         self, rank: Rank, cfg: PolicyConfig, algorithm: AlgorithmConfig, options: dict[str, Any]
     ) -> dict[str, Any]:
         """Build the model and join the process group. Collective. Returns facts about this rank."""
+        import ray
+
+        if options.pop("several_nodes"):
+            use_interface_of(ray.util.get_node_ip_address())
         self.worker = PolicyWorker(rank, cfg, algorithm, **options)
         logging.getLogger(__name__).info("rank %d of %d is up", rank.rank, rank.world_size)
         state = self.worker.state
@@ -52,6 +61,7 @@ class PolicyActor:
             "reports": self.worker.reports,
             "owns_weights": state.get_tensor_model_parallel_rank() == 0,
             "gpu": _gpu_uuid(options["device"]),
+            "pid": os.getpid(),
         }
 
     def logprobs(self, samples: Sequence[TrainSample], reference: bool) -> list[list[float]] | None:
@@ -90,12 +100,15 @@ class PolicyActor:
             tensors, path, state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size()
         )
 
-    def open_refit(self, bucket_mb: int, transport: str, verify: bool) -> None:
-        """Begin to send weights: afterwards `next_bucket` until None."""
+    def open_refit(self, bucket_mb: int, transports: Sequence[str], verify: bool) -> None:
+        """Begin to send weights: afterwards `next_bucket` until None. `transports`: to each engine."""
+        import ray
+
         from megatron_fapo.weight_sync.sender import WeightSender
 
         if self.sender is None:
-            self.sender = WeightSender(bucket_mb, transport)
+            local = "cuda_ipc" if "cuda_ipc" in transports else "shm"
+            self.sender = WeightSender(bucket_mb, local, ray.put if "network" in transports else None)
         worker = self._up
         owner = worker.state.get_tensor_model_parallel_rank() == 0
         self.sender.open(worker.export(), owner=owner, verify=verify)
@@ -118,6 +131,28 @@ class PolicyActor:
             # Of a refit that failed on the engines' side: ranks that do not send still wait in its gathers.
             self.sender.abandon()
         return self.worker
+
+
+def use_interface_of(address: str) -> None:
+    """Make gloo and NCCL talk through the interface that has this node's Ray address, unless the user has chosen.
+
+    Left alone, they take the first one that the host name resolves to, or that is up: on nodes with several, often one
+    that the other nodes cannot reach.
+    """
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            try:
+                found = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no IPv4 address
+                continue
+        if socket.inet_ntoa(found[20:24]) == address:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
+    logging.getLogger(__name__).warning(
+        "no interface has this node's address %s: if ranks cannot connect, set GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
+        address,
+    )
 
 
 def copy_model_files(source: Path, target: Path, max_positions: int | None = None) -> None:

@@ -7,7 +7,9 @@ The group deals samples over data-parallel ranks; ranks of one data-parallel rep
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +21,48 @@ from megatron_fapo.policy.actor import copy_model_files
 from megatron_fapo.policy.batch import TrainSample, split_over_data_ranks
 from megatron_fapo.policy.hf_weights import write_index
 from megatron_fapo.policy.worker import SUPERVISED, Rank
+from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
+from megatron_fapo.weight_sync.protocol import Place
 
-_LOG_LINES = 30
+_PROCESS_GRACE_S, _NODE_GRACE_S = 5.0, 40.0
+"""How long Ray takes to tell of a dead process, and of a dead node (missed health checks)."""
 
 
-class PolicyDiedError(RuntimeError):
-    """A policy rank failed or its process is gone; the message ends with its log."""
+class PolicyDiedError(ProcessDiedError):
+    """A policy rank failed or its process is gone."""
 
 
 class PolicyGroup:
     """Handles of `PolicyActor`, one per rank, in rank order."""
 
-    def __init__(self, actors: Sequence[Any], config: Config, logs: Sequence[Path]) -> None:
-        self._actors, self._config, self._logs = list(actors), config, list(logs)
+    def __init__(self, actors: Sequence[Any], config: Config, logs: Sequence[Path], nodes: Sequence[Node] = ()) -> None:
+        """
+        Args:
+            logs: where each rank writes.
+            nodes: where each rank is; none: all beside the driver.
+        """
+        self._actors, self._config = list(actors), config
+        where = nodes or [HERE] * len(actors)
+        self._several_nodes = len({node.id for node in where}) > 1
+        self._ranks = [Process("policy", i, *place) for i, place in enumerate(zip(where, logs, strict=True))]
         self._facts: list[dict[str, Any]] = []
 
     async def start(self, *, device: str, dtype: str, timeout_s: float = 600.0) -> None:
-        """Build the model on every rank and connect the ranks."""
-        address, port = await self._actors[0].address.remote()
+        """Build the model on every rank and connect the ranks.
+
+        Raises:
+            PolicyDiedError: a rank failed, is gone, or they are not up within `timeout_s`.
+        """
+        try:
+            await asyncio.wait_for(self._start(device, dtype), timeout_s)
+        except TimeoutError as error:
+            what = f"the policy's ranks were not up within {timeout_s:g} s"
+            raise PolicyDiedError(self._ranks[0], what, lost=False) from error
+
+    async def _start(self, device: str, dtype: str) -> None:
+        ((address, port),) = await self._gather([self._actors[0].address.remote()], [0])
         options = {
+            "several_nodes": self._several_nodes,
             "device": device,
             "dtype": dtype,
             "seed": self._config.seed,
@@ -48,12 +73,18 @@ class PolicyGroup:
             actor.join.remote(rank, self._config.policy, self._config.algorithm, options)
             for actor, rank in zip(self._actors, ranks, strict=True)
         ]
-        self._facts = await asyncio.wait_for(self._gather(calls), timeout_s)
+        self._facts = await self._gather(calls)
+        self._ranks = [replace(rank, pid=facts["pid"]) for rank, facts in zip(self._ranks, self._facts, strict=True)]
 
     @property
-    def gpus(self) -> list[str]:
-        """UUIDs of the ranks' GPUs; empty strings on CPU."""
-        return [str(facts["gpu"]) for facts in self._facts]
+    def senders(self) -> list[int]:
+        """The ranks that take part in a refit: those of the first data-parallel replica."""
+        return [i for i, facts in enumerate(self._facts) if facts["data_rank"] == 0]
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the senders are."""
+        return [Place(self._ranks[i].node.id, (str(self._facts[i]["gpu"]),)) for i in self.senders]
 
     async def logprobs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[list[float]]:
         """Log-probabilities of the response tokens, one list per sample, in order."""
@@ -108,38 +139,67 @@ class PolicyGroup:
     async def export(self, directory: Path) -> None:
         """Write an HF checkpoint that vLLM and transformers load."""
         self._copy_model_files(directory)
-        replica = [a for a, facts in zip(self._actors, self._facts, strict=True) if facts["data_rank"] == 0]
-        names = await self._gather([actor.export.remote(str(directory)) for actor in replica])
+        replica = self.senders
+        names = await self._gather([self._actors[i].export.remote(str(directory)) for i in replica], replica)
         write_index(directory, [n for n in names if n])
 
     def _copy_model_files(self, directory: Path) -> None:
         cfg = self._config.policy
         copy_model_files(Path(cfg.model_path), directory, cfg.max_position_embeddings)
 
-    async def open_refit(self, transport: str, verify: bool) -> list[Callable[[], Awaitable[Any]]]:
-        """Make the first data-parallel replica send its weights; one source of buckets per rank."""
-        replica = [i for i, facts in enumerate(self._facts) if facts["data_rank"] == 0]
-        bucket_mb = self._config.weight_sync.bucket_mb
-        await self._gather([self._actors[i].open_refit.remote(bucket_mb, transport, verify) for i in replica])
-        return [partial(self._next_bucket, i) for i in replica]
+    async def open_refit(self, transports: Sequence[Sequence[str]], verify: bool) -> list[Callable[[], Awaitable[Any]]]:
+        """Make the senders send their weights; one source of buckets for each.
+
+        Args:
+            transports: of each sender, how its buckets reach each engine (protocol.choose_transports).
+        """
+        bucket_mb, senders = self._config.weight_sync.bucket_mb, self.senders
+        calls = [
+            self._actors[i].open_refit.remote(bucket_mb, row, verify)
+            for i, row in zip(senders, transports, strict=True)
+        ]
+        await self._gather(calls, senders)
+        return [partial(self._next_bucket, i) for i in senders]
 
     async def _next_bucket(self, index: int) -> Any:
-        return (await self._gather([self._actors[index].next_bucket.remote()]))[0]
+        return (await self._gather([self._actors[index].next_bucket.remote()], [index]))[0]
 
-    async def _gather(self, calls: Sequence[Any]) -> list[Any]:
-        """All results in order; the first rank to fail ends the wait, since the others hang in its collectives."""
+    async def _gather(self, calls: Sequence[Any], ranks: Sequence[int] | None = None) -> list[Any]:
+        """All results in order; the first rank to fail ends the wait, since the others hang in its collectives.
+
+        Args:
+            ranks: whose calls they are; None: everybody's.
+        """
         import ray.exceptions
 
         tasks = [asyncio.ensure_future(call) for call in calls]
         try:
             return list(await asyncio.gather(*tasks))
-        except (ray.exceptions.RayTaskError, ray.exceptions.RayActorError) as error:
+        except ray.exceptions.RayError as error:
             if isinstance(getattr(error, "cause", None), UserError):
                 raise error.cause from None
-            failed = next(i for i, task in enumerate(tasks) if task.done() and task.exception() is error)
-            log = self._logs[failed] if len(tasks) == len(self._logs) else self._logs[0]
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) if log.exists() else "(empty)"
-            raise PolicyDiedError(f"a policy rank failed: {error}\nthe end of {log}:\n{tail}") from error
+            cause = await self._cause(tasks, error)
+            failed = next(i for i, task in enumerate(tasks) if task.done() and task.exception() is cause)
+            rank = self._ranks[failed if ranks is None else ranks[failed]]
+            if is_lost(cause):
+                raise PolicyDiedError(rank, how_lost(rank.node), lost=True, detail=str(cause)) from error
+            raise PolicyDiedError(rank, "failed", lost=False, detail=str(cause)) from error
+
+    async def _cause(self, tasks: Sequence[asyncio.Task[Any]], first: BaseException) -> BaseException:
+        """Why the ranks failed: one that is gone, if any, because its peers fail in the collectives that it left, and
+        they can be heard of before it is; else the first."""
+        deadline = time.monotonic() + (_NODE_GRACE_S if self._several_nodes else _PROCESS_GRACE_S)
+        while True:
+            failed = [error for task in tasks if task.done() and (error := task.exception()) is not None]
+            lost = next((error for error in failed if is_lost(error)), None)
+            pending = [task for task in tasks if not task.done()]
+            left = deadline - time.monotonic()
+            if lost is not None or not pending or left <= 0:
+                break
+            await asyncio.wait(pending, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        return lost or first
 
     async def shutdown(self) -> None:
         """End every rank's process."""
@@ -149,5 +209,6 @@ class PolicyGroup:
         await asyncio.wait(calls, timeout=20)  # a rank that hangs in a collective is killed below all the same
         for call in calls:
             call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)  # of ranks that are gone
         for actor in self._actors:
             ray.kill(actor)

@@ -11,16 +11,18 @@ empty prefix cache: the batches are then the same in every run, however the requ
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
 from megatron_fapo.data.records import Prompt, Sample, SampleKey
 from megatron_fapo.errors import UserError
+from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.sampling import sample_seed
@@ -30,8 +32,12 @@ from megatron_fapo.weight_sync.protocol import Bucket, Coverage, EngineState, En
 RECEIVER = "megatron_fapo.weight_sync.receiver.RefitReceiver"
 
 
-class EngineDiedError(RuntimeError):
+class EngineDiedError(ProcessDiedError):
     """A rollout engine is gone: vLLM failed, or its process was killed."""
+
+
+class VLLMDiedError(RuntimeError):
+    """vLLM's own processes have ended, and with them the engine, though its actor lives."""
 
 
 class RolloutEngine:
@@ -67,6 +73,7 @@ class RolloutEngine:
         self._admission = asyncio.Lock()
         self._active: set[str] = set()
         self._requests = 0
+        self._buffers: list[Any] = []  # SharedBuffer: its module imports torch, and the driver this one
         self._paused = False
         self._llm: Any = None
         self._guard: Guard | None = None
@@ -195,7 +202,7 @@ class RolloutEngine:
                 yield await finished
         except Exception as error:
             if self._llm.errored:
-                raise EngineDiedError(f"vLLM failed while it generated: {error}") from error
+                raise VLLMDiedError(f"vLLM ended while it generated: {error}") from error
             raise
         finally:
             unfinished = [request for request, task in waiting.items() if not task.done() or task.cancelled()]
@@ -281,8 +288,12 @@ class RolloutEngine:
 
         return {"pause_s": await self._refit_step(pause_and_begin)}
 
-    async def load_bucket(self, bucket: Bucket) -> dict[str, float]:
+    async def load_bucket(self, bucket: Bucket, payload: Any = None) -> dict[str, float]:
         """Load the tensors of one bucket; when this returns, the sender may reuse its memory.
+
+        Args:
+            payload: the bucket's bytes as a numpy array, when the sender is on another node: its memory cannot be
+                mapped from here, so vLLM's processes map a copy in this process.
 
         Raises:
             RefitError: no refit is under way, or the bucket is wrong; the engine is then stale.
@@ -290,10 +301,33 @@ class RolloutEngine:
         self._version.require_updating()
 
         async def load() -> None:
-            self._coverage.add(bucket.entries)
-            await self._llm.collective_rpc("refit_load", args=(bucket.to_wire(),))
+            with self._staged(bucket, payload) as local:
+                self._coverage.add(local.entries)
+                await self._llm.collective_rpc("refit_load", args=(local.to_wire(),))
 
         return {"load_s": await self._refit_step(load)}
+
+    @contextlib.contextmanager
+    def _staged(self, bucket: Bucket, payload: Any) -> Iterator[Bucket]:
+        """The bucket in memory of this node, until the context ends. Buffers are kept for the next one."""
+        if payload is None:
+            yield bucket
+            return
+        import numpy as np
+        import torch
+
+        from megatron_fapo.weight_sync.buckets import SharedBuffer, host_id
+
+        buffer = self._buffers.pop() if self._buffers else None
+        if buffer is None or buffer.nbytes < payload.nbytes:
+            if buffer is not None:
+                buffer.close()
+            buffer = SharedBuffer(payload.nbytes, "shm", torch.device("cpu"))
+        np.copyto(buffer.data.numpy()[: payload.nbytes], payload)
+        try:
+            yield replace(bucket, host=host_id(), transport="shm", handle=buffer.handle(), nbytes=payload.nbytes)
+        finally:
+            self._buffers.append(buffer)
 
     async def finish_refit(self, version: int) -> dict[str, float]:
         """Complete the refit: the engine serves `version` from here on.
@@ -329,6 +363,8 @@ class RolloutEngine:
             self._version.fail()
             if not isinstance(error, Exception):
                 raise
+            if self._llm.errored:
+                raise VLLMDiedError(f"vLLM ended during a refit: {error}") from error
             raise RefitError(f"{error}; the engine is stale and serves nothing until a refit succeeds") from error
         return time.monotonic() - began
 

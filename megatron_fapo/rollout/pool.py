@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_fapo.config.rollout import SamplingConfig
 from megatron_fapo.data.records import Prompt, Sample
 from megatron_fapo.errors import UserError
-from megatron_fapo.rollout.engine import EngineDiedError
+from megatron_fapo.processes import HERE, Node, Process, how_lost, is_lost
+from megatron_fapo.rollout.engine import EngineDiedError, VLLMDiedError
 from megatron_fapo.rollout.sampling import assign
-from megatron_fapo.weight_sync.protocol import Bucket, RefitError, StaleEngineError
+from megatron_fapo.weight_sync.protocol import Bucket, Place, RefitError, StaleEngineError
 
 BucketSource = Callable[[], Awaitable[Bucket | None]]
-
-_LOG_LINES = 30
 
 
 def _first(error: BaseException) -> BaseException:
@@ -32,13 +32,18 @@ def _first(error: BaseException) -> BaseException:
 class RolloutPool:
     """Handles of `RolloutEngine` actors, and the log file of each."""
 
-    def __init__(self, engines: Sequence[Any], log_paths: Sequence[str | None]) -> None:
+    def __init__(self, engines: Sequence[Any], log_paths: Sequence[str | None], nodes: Sequence[Node] = ()) -> None:
         """
         Args:
             engines: Ray actor handles of RolloutEngine.
             log_paths: where each engine writes, for the messages of errors.
+            nodes: where each engine is; none: all beside the driver.
         """
-        self._engines, self._logs = list(engines), list(log_paths)
+        self._engines = list(engines)
+        paths = [None if path is None else Path(path) for path in log_paths]
+        where = nodes or [HERE] * len(paths)
+        self._processes = [Process("rollout", i, *place) for i, place in enumerate(zip(where, paths, strict=True))]
+        self._facts: list[dict[str, Any]] = []
 
     async def start(self, version: int = 0, *, timeout_s: float = 600.0) -> list[dict[str, Any]]:
         """Start all engines at once; returns the facts of each (`RolloutEngine.start`).
@@ -46,7 +51,16 @@ class RolloutPool:
         Raises:
             EngineDiedError: an engine did not start in time, or died; with the end of its log.
         """
-        return await self._all("start", version, timeout_s=timeout_s)
+        self._facts = await self._all("start", version, timeout_s=timeout_s)
+        pids = [facts.get("pid") for facts in self._facts]
+        self._processes = [replace(process, pid=pid) for process, pid in zip(self._processes, pids, strict=True)]
+        return self._facts
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the engines are, once they are up."""
+        pairs = zip(self._processes, self._facts, strict=True)
+        return [Place(process.node.id, tuple(facts["gpus"])) for process, facts in pairs]
 
     async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         calls = [self._call(i, method, *args, timeout_s=timeout_s) for i in range(len(self._engines))]
@@ -64,18 +78,20 @@ class RolloutPool:
         except TimeoutError as error:
             self._died(index, f"did not answer within {timeout_s} s", error)
         except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, UserError | RefitError | StaleEngineError):
-                raise error.cause from None
-            self._died(index, f"failed: {error.cause!r}", error)
-        except ray.exceptions.RayActorError as error:
-            self._died(index, "died", error)
+            cause = error.cause
+            if isinstance(cause, UserError | RefitError | StaleEngineError):
+                raise cause from None
+            if isinstance(cause, ray.exceptions.ObjectLostError):
+                raise RefitError(f"a bucket was lost on its way to {self._processes[index]}: {cause}") from None
+            gone = isinstance(cause, VLLMDiedError)
+            self._died(index, "its vLLM processes are gone" if gone else f"failed: {cause!r}", error, lost=gone)
+        except ray.exceptions.RayError as error:
+            if not is_lost(error):
+                raise
+            self._died(index, how_lost(self._processes[index].node), error, lost=True)
 
-    def _died(self, index: int, what: str, error: BaseException) -> NoReturn:
-        path = self._logs[index]
-        if path is None or not Path(path).exists():
-            raise EngineDiedError(f"rollout engine {index} {what}; it writes to its actor's log") from error
-        tail = "\n".join(Path(path).read_text(errors="replace").splitlines()[-_LOG_LINES:])
-        raise EngineDiedError(f"rollout engine {index} {what}; the end of its log {path}:\n{tail}") from error
+    def _died(self, index: int, what: str, error: BaseException, *, lost: bool = False) -> NoReturn:
+        raise EngineDiedError(self._processes[index], what, lost=lost, detail=str(error)) from error
 
     async def generate(
         self,
@@ -129,12 +145,20 @@ class RolloutPool:
                 task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def refit(self, sources: Sequence[BucketSource], version: int, *, timeout_s: float) -> dict[str, float]:
+    async def refit(
+        self,
+        sources: Sequence[BucketSource],
+        version: int,
+        *,
+        timeout_s: float,
+        transports: Sequence[Sequence[str]] | None = None,
+    ) -> dict[str, float]:
         """Put new weights into every engine: all of them complete and serve `version`, or the call fails.
 
         Args:
             sources: one per policy rank that takes part: gives its next bucket, then None. Called again while the
                 engines load the bucket before (`WeightSender.next` allows that).
+            transports: of each source, how its buckets reach each engine; None: all are on its node.
 
         Returns:
             Metrics `weight_sync/...`: bytes, buckets, and seconds by phase (the slowest engine's).
@@ -145,32 +169,54 @@ class RolloutPool:
         began = time.monotonic()
         totals: list[dict[str, float]] = [{} for _ in self._engines]
         sent = {"bytes": 0.0, "buckets": 0.0, "pack_s": 0.0}
+        routes = transports or [["shm"] * len(self._engines)] * len(sources)
+        if any("network" in row for row in routes):
+            sent["network_bytes"] = 0.0
 
-        async def on_all(method: str, *args: Any) -> None:
-            for total, seconds in zip(totals, await self._all(method, *args), strict=True):
+        async def on_all(calls: Sequence[Awaitable[dict[str, float]]]) -> None:
+            for total, seconds in zip(totals, await asyncio.gather(*calls), strict=True):
                 for name, value in seconds.items():
                     total[name] = total.get(name, 0.0) + value
 
-        async def drain(source: BucketSource) -> None:
+        async def over_network(index: int, bucket: Bucket, payload: Any) -> dict[str, float]:
+            since = time.monotonic()
+            seconds: dict[str, float] = await self._call(index, "load_bucket", bucket, payload)
+            return seconds | {"network_s": time.monotonic() - since - seconds["load_s"]}
+
+        async def load(bucket: Bucket, row: Sequence[str]) -> None:
+            local = replace(bucket, payload=None)
+            far = {i for i, transport in enumerate(row) if transport == "network"}
+            await on_all(
+                [
+                    over_network(i, local, bucket.payload) if i in far else self._call(i, "load_bucket", local)
+                    for i in range(len(self._engines))
+                ]
+            )
+            nbytes = sum(entry.nbytes for entry in bucket.entries)
+            sent["bytes"] += nbytes
+            sent["buckets"] += 1
+            sent["pack_s"] += bucket.pack_s
+            if far:
+                sent["network_bytes"] += nbytes * len({self._processes[i].node.id for i in far})
+
+        async def drain(source: BucketSource, row: Sequence[str]) -> None:
             bucket = await source()
             while bucket is not None:
                 upcoming = asyncio.ensure_future(source())
                 try:
-                    await on_all("load_bucket", bucket)
+                    await load(bucket, row)
                 except BaseException:
                     upcoming.cancel()
                     raise
-                sent["bytes"] += sum(entry.nbytes for entry in bucket.entries)
-                sent["buckets"] += 1
-                sent["pack_s"] += bucket.pack_s
                 bucket = await upcoming
 
         async def whole() -> None:
-            await on_all("begin_refit")
+            engines = range(len(self._engines))
+            await on_all([self._call(i, "begin_refit") for i in engines])
             async with asyncio.TaskGroup() as group:
-                for source in sources:
-                    group.create_task(drain(source))
-            await on_all("finish_refit", version)
+                for source, row in zip(sources, routes, strict=True):
+                    group.create_task(drain(source, row))
+            await on_all([self._call(i, "finish_refit", version) for i in engines])
 
         try:
             await asyncio.wait_for(whole(), timeout_s)

@@ -11,11 +11,13 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.root import Config, asks_genrm
 from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
@@ -23,11 +25,13 @@ from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.reward_loop import RewardLoop
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
+from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
 from megatron_fapo.rollout.engine import RolloutEngine
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.pool import RolloutPool
-from megatron_fapo.weight_sync.protocol import choose_transport, verify_due
+from megatron_fapo.training.placement import missing_nodes, nodes_of, place
+from megatron_fapo.weight_sync.protocol import choose_transports, verify_due
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,8 @@ class Cluster:
     """Base URLs of the GenRM pool, a judge service's excepted."""
     genrm_servers: list[Any] = field(default_factory=list)
     """The GenRMServer actors of ours, in the order of their URLs."""
-    transport: str = "shm"
+    genrm_processes: list[Process] = field(default_factory=list)
+    """Where each of them is."""
     refits: int = 0
 
     async def refit(self, version: int) -> dict[str, float]:
@@ -53,10 +58,28 @@ class Cluster:
         assert self.policy is not None
         assert self.rollout is not None
         cfg = self.config.weight_sync
-        sources = await self.policy.open_refit(self.transport, verify_due(self.refits, cfg.verify_every))
-        metrics = await self.rollout.refit(sources, version, timeout_s=cfg.timeout_s)
+        transports = choose_transports(self.policy.places, self.rollout.places)
+        sources = await self.policy.open_refit(transports, verify_due(self.refits, cfg.verify_every))
+        metrics = await self.rollout.refit(sources, version, timeout_s=cfg.timeout_s, transports=transports)
         self.refits += 1
         return metrics
+
+    async def require_servers(self) -> None:
+        """
+        Raises:
+            ServerDiedError: a GenRM server of ours has ended; the first that has.
+        """
+        asked = [server.alive.remote() for server in self.genrm_servers]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for process, answer in zip(self.genrm_processes, answers, strict=True):
+            if isinstance(answer, BaseException):
+                raise _server_died(process, answer) from answer
+            if not answer:
+                raise ServerDiedError(process, "it has ended", lost=True)
+
+
+class ServerDiedError(ProcessDiedError):
+    """A GenRM server of ours is gone: samples could not be scored, or soon cannot."""
 
 
 @contextlib.asynccontextmanager
@@ -82,31 +105,28 @@ async def launch(
                 stack.callback(os.environ.pop, name)
         _start_ray(device)
         stack.callback(_stop_ray)
-        _require_gpus(config, device, policy=policy, rollout=rollout, genrm=rollout or judges_only)
+        nodes = await _await_nodes(config.cluster)
+        asked = {"policy": policy, "rollout": rollout, "genrm": rollout or judges_only}
+        placed = place(config, nodes, device, **asked)
         cluster = Cluster(config, device)
         starting: list[Coroutine[Any, Any, Any]] = []
         if policy:
-            cluster.policy = make_policy(config, device)
+            cluster.policy = make_policy(config, device, placed.policy)
             stack.push_async_callback(cluster.policy.shutdown)
             dtype = choose_dtype(config.policy.dtype, device)
             starting.append(cluster.policy.start(device=device, dtype=dtype))
-        engines: list[dict[str, Any]] = []
         if rollout:
-            cluster.rollout = make_rollout(config, device)
+            cluster.rollout = make_rollout(config, device, placed.engines)
             stack.push_async_callback(cluster.rollout.shutdown)
-            starting.append(_start_engines(cluster.rollout, config, engines))
+            starting.append(cluster.rollout.start(0, timeout_s=config.rollout.start_timeout_s))
         if rollout or judges_only:
-            starting.append(_start_scoring(config, cluster, stack, loop=not judges_only))
+            starting.append(_start_scoring(config, cluster, stack, placed.servers, loop=not judges_only))
         if device == "gpu" and config.gpu_share < 1 and not _kv_caches_are_set(config):
             # On a shared card vLLM sizes its KV cache by the memory that is left, so nobody else may be taking any.
             for each in starting:
                 await each
         else:  # importing vLLM and megatron takes most of the time
             await _all(starting)
-        if rollout and policy:
-            assert cluster.policy is not None
-            engine_gpus = [uuid for facts in engines for uuid in facts["gpus"]]
-            cluster.transport = choose_transport(cluster.policy.gpus, engine_gpus)
         yield cluster
 
 
@@ -120,12 +140,10 @@ async def _all(work: list[Coroutine[Any, Any, Any]]) -> None:
         raise errors.exceptions[0] from None
 
 
-async def _start_engines(pool: RolloutPool, config: Config, facts: list[dict[str, Any]]) -> None:
-    facts += await pool.start(0, timeout_s=config.rollout.start_timeout_s)
-
-
-async def _start_scoring(config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, *, loop: bool) -> None:
-    urls = cluster.genrm_urls = await _start_genrm(config, cluster.device, stack, cluster.genrm_servers)
+async def _start_scoring(
+    config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, nodes: Sequence[Node], *, loop: bool
+) -> None:
+    urls = cluster.genrm_urls = await _start_genrm(config, cluster, stack, nodes)
     if not loop:
         return
     cluster.reward = RewardLoop(config.reward, config.genrm, urls, config.rollout.max_response_tokens)
@@ -165,29 +183,24 @@ def _start_ray(device: str) -> None:
         signal.signal(number, handler)
 
 
-def _require_gpus(config: Config, device: str, *, policy: bool, rollout: bool, genrm: bool) -> None:
-    """
+async def _await_nodes(config: ClusterConfig) -> list[Node]:
+    """The nodes of the run, once all have joined; without RAY_ADDRESS this machine, whatever `cluster` says.
+
     Raises:
-        UserError: Ray has fewer GPUs than the run asks for; its actors would wait for them for ever.
+        ProcessDiedError: nodes that have not joined within cluster.start_timeout_s; with the role of each.
     """
-    if device == "cpu":
-        return
     import ray
 
-    def share(tensor_parallel: int) -> float:
-        return config.gpu_share if tensor_parallel == 1 else tensor_parallel
-
-    asked = config.policy.parallel.world_size * config.gpu_share if policy else 0.0
-    if rollout:
-        asked += config.rollout.replicas * share(config.rollout.tensor_parallel)
-    if genrm and asks_genrm(config):
-        asked += config.genrm.servers * share(config.genrm.tensor_parallel)
-    present = ray.cluster_resources().get("GPU", 0.0)
-    if asked > present:
-        raise UserError(
-            f"the run asks for {asked:g} GPUs and there are {present:g}: lower policy.parallel, rollout.replicas or "
-            "genrm.servers, or let processes share cards with gpu_share (0.33 puts three on one)"
-        )
+    nodes, deadline = nodes_of(ray.nodes()), time.monotonic() + config.start_timeout_s
+    while os.environ.get("RAY_ADDRESS") and (missing := missing_nodes(config, nodes)):
+        if time.monotonic() > deadline:
+            named = ", ".join(f"{index} ({role})" for index, role in missing.items())
+            first = Process("node", next(iter(missing)), Node("", "no address", next(iter(missing))))
+            what = f"has not joined Ray within {config.start_timeout_s:g} s; missing nodes: {named}"
+            raise ProcessDiedError(first, what, lost=True)
+        await asyncio.sleep(0.5)
+        nodes = nodes_of(ray.nodes())
+    return nodes
 
 
 def _stop_ray() -> None:
@@ -196,32 +209,36 @@ def _stop_ray() -> None:
     ray.shutdown()
 
 
-def _actor(kind: type, config: Config, device: str, gpus: int = 1, concurrency: int | None = None) -> Any:
+def _actor(kind: type, config: Config, device: str, node: Node, gpus: int = 1, concurrency: int | None = None) -> Any:
     """The Ray actor class with its place: CPUs are not counted, since actors wait for each other most of the time."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     env = vllm_environment(device)  # megatron ranks on a CPU want the same: one thread, no compilation
     share: float = 0
     if device == "gpu":
         share = config.gpu_share if gpus == 1 else gpus
-    more = {} if concurrency is None else {"max_concurrency": concurrency}
+    more: dict[str, Any] = {} if concurrency is None else {"max_concurrency": concurrency}
+    if node.id:
+        more["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
     return ray.remote(kind).options(num_cpus=0, num_gpus=share, runtime_env={"env_vars": env}, **more)
 
 
-def make_policy(config: Config, device: str) -> PolicyGroup:
-    """The policy's actors, not yet started; their logs go to run_dir/logs."""
+def make_policy(config: Config, device: str, nodes: Sequence[Node] = ()) -> PolicyGroup:
+    """The policy's actors, not yet started; their logs go to run_dir/logs. Without `nodes` Ray places them."""
     run_dir, model = str(Path(config.run_dir).resolve()), str(Path(config.policy.model_path).resolve())
     config = config.model_copy(update={"policy": config.policy.model_copy(update={"model_path": model})})
-    ranks = range(config.policy.parallel.world_size)
-    actors = [_actor(PolicyActor, config, device).remote(run_dir, rank) for rank in ranks]
-    return PolicyGroup(actors, config, [Path(run_dir) / "logs" / f"policy-{rank}.log" for rank in ranks])
+    nodes = nodes or [HERE] * config.policy.parallel.world_size
+    actors = [_actor(PolicyActor, config, device, node).remote(run_dir, rank) for rank, node in enumerate(nodes)]
+    return PolicyGroup(actors, config, [Path(run_dir) / "logs" / f"policy-{i}.log" for i in range(len(nodes))], nodes)
 
 
-def make_rollout(config: Config, device: str) -> RolloutPool:
-    """The engines' actors, not yet started; their logs go to run_dir/logs."""
-    logs = [str(Path(config.run_dir).resolve() / "logs" / f"rollout-{i}.log") for i in range(config.rollout.replicas)]
+def make_rollout(config: Config, device: str, nodes: Sequence[Node] = ()) -> RolloutPool:
+    """The engines' actors, not yet started; their logs go to run_dir/logs. Without `nodes` Ray places them."""
+    nodes = nodes or [HERE] * config.rollout.replicas
+    logs = [str(Path(config.run_dir).resolve() / "logs" / f"rollout-{i}.log") for i in range(len(nodes))]
     engines = [
-        _actor(RolloutEngine, config, device, config.rollout.tensor_parallel).remote(
+        _actor(RolloutEngine, config, device, node, config.rollout.tensor_parallel).remote(
             str(Path(config.policy.model_path).resolve()),
             config.rollout,
             device=device,
@@ -231,36 +248,47 @@ def make_rollout(config: Config, device: str) -> RolloutPool:
             seed=config.seed,
             log_path=path,
         )
-        for path in logs
+        for path, node in zip(logs, nodes, strict=True)
     ]
-    return RolloutPool(engines, logs)
+    return RolloutPool(engines, logs, nodes)
 
 
-async def _start_genrm(config: Config, device: str, stack: contextlib.AsyncExitStack, actors: list[Any]) -> list[str]:
-    """Start our GenRM servers; returns the base URLs of the whole pool."""
+async def _start_genrm(
+    config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, nodes: Sequence[Node]
+) -> list[str]:
+    """Start our GenRM servers, one on each of `nodes`; returns the base URLs of the whole pool."""
     if not asks_genrm(config):
         return []
-    import ray
-
     from megatron_fapo.genrm.server import GenRMServer
 
-    dtype = choose_dtype("auto", device)
-    genrm = config.genrm
+    genrm, device = config.genrm, cluster.device
     if genrm.model_path is not None:  # actors have working directories of their own
         genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
-    for index in range(genrm.servers):
-        log_path = str(Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log")
+    for index, node in enumerate(nodes):
+        path = Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log"
         # Two at once, so that a stop can reach a server that is still starting.
-        server = _actor(GenRMServer, config, device, genrm.tensor_parallel, concurrency=2)
-        actors.append(server.remote(genrm, device=device, dtype=dtype, log_path=log_path))
-        stack.push_async_callback(_stop_server, actors[-1])
-    try:
-        started = await asyncio.gather(*(actor.start.remote() for actor in actors))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    return [*started, *genrm.urls]
+        kind = _actor(GenRMServer, config, device, node, genrm.tensor_parallel, concurrency=2)
+        host = node.address if os.environ.get("RAY_ADDRESS") else "127.0.0.1"
+        options = {"device": device, "dtype": choose_dtype("auto", device), "log_path": str(path), "host": host}
+        cluster.genrm_servers.append(kind.remote(genrm, **options))
+        cluster.genrm_processes.append(Process("genrm", index, node, path))
+        stack.push_async_callback(_stop_server, cluster.genrm_servers[-1])
+
+    async def start(process: Process, actor: Any) -> str:
+        try:
+            return str(await actor.start.remote())
+        except Exception as error:
+            if isinstance(cause := getattr(error, "cause", None), UserError):
+                raise cause from None
+            raise _server_died(process, error) from error
+
+    starts = map(start, cluster.genrm_processes, cluster.genrm_servers)
+    return [*await asyncio.gather(*starts), *genrm.urls]
+
+
+def _server_died(process: Process, error: BaseException) -> ServerDiedError:
+    lost = is_lost(error)
+    return ServerDiedError(process, how_lost(process.node) if lost else "failed", lost=lost, detail=str(error))
 
 
 async def _stop_server(actor: Any) -> None:
@@ -269,4 +297,5 @@ async def _stop_server(actor: Any) -> None:
     stopping = asyncio.ensure_future(actor.stop.remote())
     await asyncio.wait([stopping], timeout=30)
     stopping.cancel()
+    await asyncio.gather(stopping, return_exceptions=True)  # of a server that is gone
     ray.kill(actor)

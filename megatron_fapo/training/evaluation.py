@@ -27,7 +27,9 @@ from megatron_fapo.observe.files import write_atomically
 from megatron_fapo.observe.log import setup_logging
 from megatron_fapo.observe.report import EVALUATION, evaluation_table, write_report
 from megatron_fapo.observe.samples import write_evaluation_samples
+from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.training.cluster import Cluster, launch
+from megatron_fapo.training.failure import forget_failure, report_failure
 from megatron_fapo.training.step import make_groups
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,12 @@ def _vote_key(prediction: str) -> str:
 def evaluate_command(config: Config) -> int:
     """`fapo evaluate`: prints the metrics; writes run_dir/evaluation.json, report.html and samples/eval_<set>.jsonl."""
     run_dir = Path(config.run_dir)
-    result = asyncio.run(_evaluate(config))
+    setup_logging(run_dir, "driver", terminal=True)
+    forget_failure(run_dir)
+    try:
+        result = asyncio.run(_evaluate(config))
+    except ProcessDiedError as error:
+        return report_failure(run_dir, error, 0)
     write_atomically(run_dir / EVALUATION, json.dumps(result, indent=2) + "\n")
     write_report([run_dir], run_dir / "report.html")
     print(as_text(evaluation_table([run_dir])))
@@ -103,7 +110,6 @@ async def _evaluate(config: Config) -> dict[str, Any]:
 
     began = time.monotonic()
     run_dir = Path(config.run_dir)
-    setup_logging(run_dir, "driver", terminal=True)
     if not config.genrm.judge_eval:  # nobody is going to ask it
         config = config.model_copy(update={"genrm": config.genrm.model_copy(update={"enabled": False})})
     sets = load_evaluation_sets(config, AutoTokenizer.from_pretrained(config.policy.model_path))
@@ -118,6 +124,7 @@ async def _evaluate(config: Config) -> dict[str, Any]:
             groups = await sample_set(config, cluster, name, prompts)
             samples = [sample for group in groups for sample in group.samples]
             write_evaluation_samples(run_dir, name, samples)
+            await cluster.require_servers()  # samples that it left unscored would be missing from the figures
             metrics |= set_metrics(config, name, groups)
             counts = {"prompts": len(prompts), "samples": len(samples)}
             facts[name] = {"data": config.data.eval[name], **counts, "seconds": time.monotonic() - since}

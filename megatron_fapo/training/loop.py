@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from megatron_fapo.algorithm.metrics import mismatch_metrics, step_metrics
 from megatron_fapo.config.root import Config
@@ -28,9 +29,11 @@ from megatron_fapo.observe.samples import write_samples
 from megatron_fapo.policy.batch import TrainSample, set_logprobs
 from megatron_fapo.policy.group import PolicyDiedError
 from megatron_fapo.policy.hf_config import read_model_shape
+from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.training.checkpoint import CheckpointError, Checkpoints, RunState, require_space
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
+from megatron_fapo.training.failure import forget_failure, report_failure
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
 from megatron_fapo.training.step import Taken, make_groups, mini_batches, training_samples
 
@@ -113,7 +116,11 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         metrics = step_metrics(groups, config.reward.task) | cluster.reward.metrics()
         if cfg.log_samples_every_steps and step % cfg.log_samples_every_steps == 0:
             write_samples(run.dir, step, [s for group in groups for s in group.samples])
-        refuse_unscored(groups, config.reward.max_unscored_share, step)
+        try:
+            refuse_unscored(groups, config.reward.max_unscored_share, step)
+        except TooManyUnscoredError:
+            await cluster.require_servers()  # one of ours that is gone is the reason, and worth another attempt
+            raise
 
         by_group = training_samples(groups, config)
         samples = [s for group in by_group for s in group]
@@ -149,6 +156,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         finally:  # the step is finished and will not be repeated, whatever came after its updates
             run.write(step, metrics)
         stop.check()
+        await cluster.require_servers()
 
 
 async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> list[Group]:
@@ -230,16 +238,21 @@ def log_best(run: Run) -> None:
         )
 
 
-def train_command(config: Config, *, resume: bool) -> int:
+Resume = Literal["newest", "auto"]
+"""Go on from the newest checkpoint; `auto`: or begin anew when there is none, whatever an earlier attempt wrote."""
+
+
+def train_command(config: Config, *, resume: Resume | None) -> int:
     """`fapo train`: returns the exit code."""
     return asyncio.run(_train(config, resume))
 
 
-async def _train(config: Config, resume: bool) -> int:
+async def _train(config: Config, resume: Resume | None) -> int:
     from transformers import AutoTokenizer
 
     run_dir = Path(config.run_dir)
     setup_logging(run_dir, "driver", terminal=True)
+    forget_failure(run_dir)
     tokenizer = AutoTokenizer.from_pretrained(config.policy.model_path)
     prompts = load_prompts(config.data.train, tokenizer, config.data, task=config.reward.task)
     for note in prompts.left_out():
@@ -247,16 +260,18 @@ async def _train(config: Config, resume: bool) -> int:
     sets = load_evaluation_sets(config, tokenizer)
     cursor = DataCursor(prompts.prompts, config.seed, config.data.shuffle)
     checkpoint, state = None, RunState(0, 0, cursor.state_dict())
-    if resume:
-        checkpoints = Checkpoints(run_dir, config.training.checkpoint)
+    resume_step = None if resume is None else -1
+    checkpoints = Checkpoints(run_dir, config.training.checkpoint)
+    if resume == "newest" or (resume == "auto" and checkpoints.complete()):
         checkpoints.tidy()
         checkpoint, state = checkpoints.newest()
+        resume_step = state.step
         try:
             cursor.load_state_dict(state.cursor)
         except ValueError as error:
             raise UserError(str(error)) from error
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(MetricsWriter(run_dir, state.step if resume else None))
+        writer = stack.enter_context(MetricsWriter(run_dir, resume_step))
         (run_dir / "config.yaml").write_text(dump_yaml(config))
         stop = stack.enter_context(StopRequest())
         progress = stack.enter_context(Progress(config.training.steps, state.step))
@@ -273,14 +288,20 @@ async def _train(config: Config, resume: bool) -> int:
                 except Exception as error:
                     # Whatever ended the run elsewhere, the steps that are finished are worth keeping.
                     if run.between_steps and not isinstance(error, CheckpointError | PolicyDiedError):
-                        await run.save(cluster)
+                        try:
+                            await run.save(cluster)
+                        except PolicyDiedError as also:  # it went with a node; what ended the run is the news
+                            log.error("step %d could not be saved: %s", run.state.step, also)
                     raise
         except StopRequestedError:
             log.info("stopped on request after step %d; go on with --resume", run.state.step)
             return stop.exit_code
-        except TooManyUnscoredError as error:
-            log.error("%s", error)
-            return 1
+        except (TooManyUnscoredError, ProcessDiedError) as error:
+            return report_failure(run_dir, error, run.state.step)
+        except Exception as error:
+            if not isinstance(error, UserError):
+                report_failure(run_dir, error, run.state.step)
+            raise
     log_best(run)
     write_report([run_dir], run_dir / "report.html")
     log.info("done: %s", run_dir / "report.html")

@@ -11,7 +11,7 @@ fails in between leaves it STALE, from where a new refit may begin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
@@ -86,7 +86,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where the bytes of some tensors are, and which. Small, picklable, and made of builtin types."""
+    """Where the bytes of some tensors are, and which. Small and picklable; of builtin types on the sender's node."""
 
     host: str
     """Boot and PID namespace of the sender (buckets.host_id): its memory can be mapped nowhere else."""
@@ -98,6 +98,8 @@ class Bucket:
     entries: tuple[TensorEntry, ...]
     pack_s: float = 0.0
     """Seconds that the sender took to fill it, gathers over its tensor-parallel group included."""
+    payload: Any = None
+    """For engines on other nodes: a reference to the same bytes in Ray's object store."""
 
     def to_wire(self) -> dict[str, Any]:
         """As builtin types, which vLLM's RPC carries without pickle."""
@@ -147,14 +149,28 @@ class Coverage:
             raise RefitError(f"{len(missing)} of {len(self.expected)} tensors were never sent: {shown}")
 
 
-def choose_transport(sender_gpus: Iterable[str], engine_gpus: Iterable[str]) -> str:
-    """`cuda_ipc` when every engine rank sits on the senders' one GPU, else `shm`.
+@dataclass(frozen=True)
+class Place:
+    """Where an end of a refit is."""
 
-    A process that Ray confines to its own cards cannot open memory of another card, so peers on different cards of
-    one node meet in host memory.
+    node: str
+    """Ray's id of the node: two Ray nodes on one machine count as two."""
+    gpus: tuple[str, ...]
+    """UUIDs of its GPUs; an empty one on CPUs."""
+
+
+def choose_transports(senders: Sequence[Place], engines: Sequence[Place]) -> list[list[str]]:
+    """How the buckets of each sender reach each engine: `transports[sender][engine]`.
+
+    `network` to another node. On the sender's own node `shm`; `cuda_ipc` when all senders and engines sit on one GPU.
+    A process that Ray confines to its own cards cannot open memory of another card, so peers on different cards of one
+    node meet in host memory.
     """
-    gpus = set(sender_gpus) | set(engine_gpus)
-    return "cuda_ipc" if len(gpus) == 1 and "" not in gpus else "shm"
+    everyone = [*senders, *engines]
+    gpus = {uuid for place in everyone for uuid in place.gpus}
+    one_card = len(gpus) == 1 and "" not in gpus and len({place.node for place in everyone}) == 1
+    local = "cuda_ipc" if one_card else "shm"
+    return [[local if sender.node == engine.node else "network" for engine in engines] for sender in senders]
 
 
 def verify_due(refits_done: int, verify_every: int) -> bool:

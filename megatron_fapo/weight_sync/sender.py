@@ -7,8 +7,9 @@ bucket k+1 as soon as every engine has confirmed bucket k-1, and no sooner.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,13 +20,15 @@ from megatron_fapo.weight_sync.protocol import Bucket, TensorEntry
 class WeightSender:
     """Packs one refit after another. Memory is taken at the first bucket and kept until `close`."""
 
-    def __init__(self, bucket_mb: int, transport: str = "shm") -> None:
+    def __init__(self, bucket_mb: int, transport: str = "shm", publish: Callable[[Any], Any] | None = None) -> None:
         """
         Args:
             bucket_mb: size of a bucket, MiB; a larger tensor gets a bucket of its own size.
-            transport: `shm`, or `cuda_ipc` where every engine is on this rank's GPU (protocol.choose_transport).
+            transport: `shm`, or `cuda_ipc` where every engine is on this rank's GPU (protocol.choose_transports).
+            publish: puts a numpy array where engines on other nodes get it, by the reference that it returns; None:
+                there are none.
         """
-        self._bucket_bytes, self._transport = bucket_mb * 2**20, transport
+        self._bucket_bytes, self._transport, self._publish = bucket_mb * 2**20, transport, publish
         self._buffers: list[SharedBuffer | None] = [None, None]
         self._turn = 0
         self._tensors: Iterator[tuple[str, torch.Tensor]] = iter(())
@@ -62,8 +65,9 @@ class WeightSender:
         device = chosen[0][1].device
         buffer = self._buffer(end, device)
         entries = [self._pack(buffer, entry, tensor) for entry, tensor in chosen]
-        handle = buffer.handle()
-        return Bucket(host_id(), self._transport, handle, buffer.nbytes, tuple(entries), time.monotonic() - began)
+        payload = None if self._publish is None else self._publish(buffer.data[:end].numpy())
+        where = (host_id(), self._transport, buffer.handle(), buffer.nbytes)
+        return Bucket(*where, tuple(entries), time.monotonic() - began, payload)
 
     def _take(self) -> tuple[list[tuple[TensorEntry, torch.Tensor]], int]:
         """As many tensors as fit a bucket, one at least; and the bytes that they need."""

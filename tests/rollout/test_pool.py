@@ -105,7 +105,7 @@ def test_prompts_are_dealt_by_position_and_streams_are_merged(pool_of):
 def test_a_failing_engine_is_named_with_the_end_of_its_log(pool_of):
     pool, _ = pool_of(None, "generate")
     with pytest.raises(
-        EngineDiedError, match=r"rollout engine 1 failed: .*vLLM fell over(.|\n)*last words of engine 1"
+        EngineDiedError, match=r"rollout-1 on node .*: failed: .*vLLM fell over(.|\n)*last words of engine 1"
     ):
         collect(pool, make_prompts(4))
 

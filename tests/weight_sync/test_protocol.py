@@ -9,10 +9,11 @@ from megatron_fapo.weight_sync.protocol import (
     Coverage,
     EngineState,
     EngineVersion,
+    Place,
     RefitError,
     StaleEngineError,
     TensorEntry,
-    choose_transport,
+    choose_transports,
     verify_due,
 )
 
@@ -81,18 +82,25 @@ def test_a_bucket_survives_the_wire():
     assert len(pickle.dumps(bucket)) < 500
 
 
+A, B = "node-a", "node-b"
+
+
 @pytest.mark.parametrize(
-    ("senders", "engines", "transport"),
+    ("senders", "engines", "transports"),
     [
-        (["GPU-1"], ["GPU-1"], "cuda_ipc"),
-        (["GPU-1", "GPU-1"], ["GPU-1", "GPU-1"], "cuda_ipc"),
-        (["GPU-1"], ["GPU-2"], "shm"),
-        (["GPU-1", "GPU-2"], ["GPU-1"], "shm"),
-        ([""], [""], "shm"),
+        ([Place(A, ("GPU-1",))], [Place(A, ("GPU-1",))], [["cuda_ipc"]]),
+        ([Place(A, ("GPU-1",))] * 2, [Place(A, ("GPU-1", "GPU-1"))], [["cuda_ipc"], ["cuda_ipc"]]),
+        ([Place(A, ("GPU-1",))], [Place(A, ("GPU-2",))], [["shm"]]),
+        ([Place(A, ("GPU-1",))], [Place(A, ("GPU-1",)), Place(A, ("GPU-2",))], [["shm", "shm"]]),
+        ([Place(A, ("",))], [Place(A, ("",))], [["shm"]]),
+        ([Place(A, ("",))], [Place(B, ("",)), Place(A, ("",))], [["network", "shm"]]),
+        ([Place(A, ("GPU-1",))], [Place(B, ("GPU-1",))], [["network"]]),
+        ([Place(A, ("GPU-1",))], [Place(A, ("GPU-1",)), Place(B, ("GPU-1",))], [["shm", "network"]]),
+        ([Place(A, ("",)), Place(B, ("",))], [Place(A, ("",))] * 2, [["shm", "shm"], ["network", "network"]]),
     ],
 )
-def test_device_memory_is_shared_only_on_one_card(senders, engines, transport):
-    assert choose_transport(senders, engines) == transport
+def test_memory_is_shared_on_a_node_and_device_memory_on_one_card(senders, engines, transports):
+    assert choose_transports(senders, engines) == transports
 
 
 def test_the_first_refit_is_always_verified():

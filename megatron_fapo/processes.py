@@ -1,0 +1,81 @@
+"""A process of a run: where it is, where it writes, and what is said when it is gone."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+LOG_LINES = 30
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that Ray knows."""
+
+    id: str
+    """Ray's."""
+    address: str
+    index: int
+    """In the allocation."""
+    gpus: float = 0.0
+    roles: frozenset[str] = frozenset()
+    """Of `train`, `rollout`, `genrm`; none: it takes all."""
+    name: str = ""
+
+
+HERE = Node("", "127.0.0.1", 0, name=socket.gethostname())
+"""This machine, where no Ray node is known."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A rank, engine or server of a run."""
+
+    role: str
+    """`policy`, `rollout` or `genrm`, as in the name of its log."""
+    rank: int
+    node: Node = HERE
+    log_path: Path | None = None
+    pid: int | None = None
+
+    def __str__(self) -> str:
+        pid = "" if self.pid is None else f", pid {self.pid}"
+        return f"{self.role}-{self.rank} on node {self.node.name or self.node.index} ({self.node.address}{pid})"
+
+
+class ProcessDiedError(RuntimeError):
+    """A process of the run failed or is gone: says which, on which node, what happened, and the end of its log."""
+
+    def __init__(self, process: Process, what: str, *, lost: bool, detail: str = "") -> None:
+        """
+        Args:
+            what: a few words, said of the process.
+            lost: the process or its node is gone, so that the run may go on elsewhere; False: its code failed.
+            detail: more words, such as the traceback of its code.
+        """
+        self.process, self.what, self.lost = process, what, lost
+        super().__init__("\n".join(part for part in (f"{process}: {what}", detail, log_end(process.log_path)) if part))
+
+
+def log_end(path: Path | None) -> str:
+    """The last lines of a log, with its name; nothing without one."""
+    if path is None or not path.exists():
+        return ""
+    tail = path.read_text(errors="replace").splitlines()[-LOG_LINES:]
+    return f"the end of {path}:\n" + ("\n".join(tail) or "(empty)")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether what Ray raised says that a process or node is gone, not that its code failed."""
+    from ray import exceptions
+
+    return isinstance(error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.ActorUnschedulableError)
+
+
+def how_lost(node: Node) -> str:
+    """What is gone, in words: the node, or the process alone."""
+    import ray
+
+    alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
+    return "its process is gone" if node.id in alive or not node.id else "its node is gone"

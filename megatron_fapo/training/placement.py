@@ -1,0 +1,163 @@
+"""Which node each process of a run is on. Pure: in go the configuration and the nodes, out comes a plan or a refusal.
+
+Invariants, asserted by the tests: every rank, engine and server has exactly one node of its role; consecutive policy
+ranks fill nodes in the order of the allocation, tensor groups whole; engines and servers are spread as evenly as the
+nodes have room; on GPUs no node holds more than its cards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_fapo.config.cluster import ClusterConfig
+from megatron_fapo.config.root import Config, asks_genrm
+from megatron_fapo.errors import UserError
+from megatron_fapo.processes import Node
+
+ROLES = ("train", "rollout", "genrm")
+INDEX = "fapo_node_"
+"""Prefix of the Ray resource whose name ends in a node's place in the allocation."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The node of each policy rank, engine and GenRM server, in order."""
+
+    policy: tuple[Node, ...] = ()
+    engines: tuple[Node, ...] = ()
+    servers: tuple[Node, ...] = ()
+
+
+def nodes_of(ray_nodes: Iterable[Mapping[str, Any]]) -> list[Node]:
+    """The living nodes of `ray.nodes()` by index; nodes that have none, of a cluster that others started, come last."""
+    alive = sorted((each for each in ray_nodes if each["Alive"]), key=lambda each: str(each["NodeManagerAddress"]))
+    found: list[Node] = []
+    for each in alive:
+        resources = each["Resources"]
+        index = [int(name.removeprefix(INDEX)) for name in resources if name.startswith(INDEX)]
+        roles = frozenset(ROLES) & frozenset(resources)
+        place = index[0] if index else len(alive) + len(found)
+        hardware = (place, float(resources.get("GPU", 0.0)), roles)
+        found.append(Node(each["NodeID"], each["NodeManagerAddress"], *hardware, each["NodeManagerHostname"]))
+    return sorted(found, key=lambda node: node.index)
+
+
+def missing_nodes(config: ClusterConfig, nodes: Sequence[Node]) -> dict[int, str]:
+    """Index -> role of every node that the run asks for and that has not joined."""
+    counts = zip(ROLES, (config.train_nodes, config.rollout_nodes, config.genrm_nodes), strict=True)
+    wanted = [role for role, count in counts for _ in range(count)]
+    there = {(node.index, role) for node in nodes for role in node.roles}
+    if not wanted and not nodes:
+        return {0: "all roles"}
+    return {index: role for index, role in enumerate(wanted) if (index, role) not in there}
+
+
+def place(config: Config, nodes: Sequence[Node], device: str, *, policy: bool, rollout: bool, genrm: bool) -> Placement:
+    """Give every process a node.
+
+    Args:
+        nodes: by index, one at least. Without roles each takes all; a role that none has falls to the nodes of the
+            role before it (policy, engines, servers).
+        policy, rollout, genrm: which processes the verb starts; servers only if the configuration asks for any.
+
+    Raises:
+        UserError: the nodes cannot hold them; names every role that is short, or whose tensor groups do not fit nodes.
+    """
+    tensor = config.policy.parallel.tensor
+    ranks = config.policy.parallel.world_size if policy else 0
+    engines = config.rollout.replicas if rollout else 0
+    servers = config.genrm.servers if genrm and asks_genrm(config) else 0
+    train, generate, judge = _homes(nodes)
+    room = _Room(nodes, config.gpu_share, counted=device == "gpu")
+    problems: list[str] = []
+    placement = Placement(
+        _share(train, ranks, tensor) if train and not room.counted else _fill(room, train, ranks, tensor, problems),
+        _spread(room, generate, engines, config.rollout.tensor_parallel, "rollout.replicas", problems),
+        _spread(room, judge, servers, config.genrm.tensor_parallel, "genrm.servers", problems),
+    )
+    if problems:
+        wanted = config.cluster.nodes
+        hint = (
+            f"; `cluster` has {wanted} nodes, and this is one: submit the run as a job" if wanted > len(nodes) else ""
+        )
+        raise UserError(
+            "the nodes cannot hold the run:\n- " + "\n- ".join(problems) + "\nlower these, give the role more nodes "
+            f"in `cluster`, or let processes share cards with gpu_share (0.33 puts three on one){hint}"
+        )
+    return placement
+
+
+def _homes(nodes: Sequence[Node]) -> tuple[list[Node], list[Node], list[Node]]:
+    """The nodes of each role."""
+    if not any(node.roles for node in nodes):
+        return list(nodes), list(nodes), list(nodes)
+    train, rollout, genrm = ([node for node in nodes if role in node.roles] for role in ROLES)
+    return train, rollout or train, genrm or rollout or train
+
+
+class _Room:
+    """Cards that are left: whole ones, and shares of cards that Ray packs together."""
+
+    def __init__(self, nodes: Sequence[Node], share: float, *, counted: bool) -> None:
+        self.counted, self.per_card = counted, math.floor(1 / share + 1e-9)
+        self.free = {node.id: int(node.gpus) * self.per_card for node in nodes}
+        """Shares by node; a process of several cards takes all shares of each."""
+
+    def cost(self, gpus: int) -> int:
+        return 1 if gpus == 1 else gpus * self.per_card
+
+    def fits(self, node: Node, gpus: int) -> int:
+        """How many processes of so many cards the node still holds."""
+        free = self.free[node.id]
+        return free if gpus == 1 else free // self.per_card // gpus
+
+    def take(self, node: Node, gpus: int) -> None:
+        self.free[node.id] -= self.cost(gpus)
+
+
+def _fill(room: _Room, nodes: Sequence[Node], ranks: int, tensor: int, problems: list[str]) -> tuple[Node, ...]:
+    places = [node for node in nodes for _ in range(room.fits(node, 1))][:ranks]
+    if len(places) < ranks:
+        problems.append(f"policy.parallel: {ranks} ranks, and {_names(nodes)} for {len(places)}")
+    torn = [i for i in range(0, len(places), tensor) if len({node.id for node in places[i : i + tensor]}) > 1]
+    if torn:
+        problems.append(
+            f"policy.parallel.tensor: the group of ranks {torn[0]} to {torn[0] + tensor - 1} would straddle nodes: "
+            f"{tensor} must divide the ranks of each node"
+        )
+    for node in places:
+        room.take(node, 1)
+    return tuple(places)
+
+
+def _share(nodes: Sequence[Node], ranks: int, tensor: int) -> tuple[Node, ...]:
+    """Consecutive tensor groups in even shares, where nobody counts cards."""
+    groups = ranks // tensor
+    return tuple(nodes[rank // tensor * len(nodes) // groups] for rank in range(ranks))
+
+
+def _spread(
+    room: _Room, nodes: Sequence[Node], count: int, gpus: int, field: str, problems: list[str]
+) -> tuple[Node, ...]:
+    """Each to the node that has the fewest of them so far, the first of equal ones."""
+    given = {node.id: 0 for node in nodes}
+    places: list[Node] = []
+    while len(places) < count:
+        open_ = [node for node in nodes if not room.counted or room.fits(node, gpus)]
+        if not open_:
+            cards = f" of {gpus} GPUs each" if gpus > 1 else ""
+            problems.append(f"{field}: {count}{cards}, and {_names(nodes)} for {len(places)}")
+            break
+        node = min(open_, key=lambda each: (given[each.id], each.index))
+        given[node.id] += 1
+        room.take(node, gpus)
+        places.append(node)
+    return tuple(sorted(places, key=lambda each: each.index))
+
+
+def _names(nodes: Sequence[Node]) -> str:
+    which = ", ".join(f"{node.index} with {node.gpus:g} GPUs" for node in nodes)
+    return f"{'node' if len(nodes) == 1 else 'nodes'} {which} {'has' if len(nodes) == 1 else 'have'} room"
