@@ -397,11 +397,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_fapo.launch.preflight", allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for reports; shared and new")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="instead of a configuration's")
+    parser.add_argument("--gpus", type=int, default=0, metavar="N", help="of each node, with --run-dir")
+    parser.add_argument("--measure", action="store_true", help="speeds too")
     parser.add_argument("--canary-s", type=float, default=CANARY_S, help="deadline for files of other nodes")
     args = parser.parse_args(words[:cut])
     process, nodes = int(os.environ.get("SLURM_PROCID", "0")), int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
     end, path = time.monotonic() + args.canary_s, args.out / "job.json"
-    job: dict[str, Any] = {"problems": [], "run_dir": str(args.run_dir), "gpus": 0}
+    job: dict[str, Any] = {"problems": [], "run_dir": str(args.run_dir), "gpus": args.gpus}
     if process == 0:
         if args.run_dir is None:
             job = describe_job(words[cut + 1 :], nodes)
@@ -417,6 +419,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = Path(job["run_dir"])
     canary = exchange_canaries(run_dir, process, nodes, job["token"], end)
     report = {**gather(run_dir), "gpus": job["gpus"], "canary": canary}
+    if args.measure:
+        from megatron_fapo.launch.doctor import measure
+
+        report["measured"] = measure(run_dir, bool(job["gpus"]))
     write_atomically(args.out / f"preflight-{node_name()}.json", json.dumps(report, indent=1))
     if "error" in canary:
         print(f"{node_name()}: {canary['error']}", file=sys.stderr)
