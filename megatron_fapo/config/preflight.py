@@ -12,6 +12,7 @@ from megatron_fapo.config.root import Config, Purpose, asks_genrm, samplers
 from megatron_fapo.device import choose_device
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.user_function import COMPUTE_SCORE, JUDGE_FUNCTION, load_function
+from megatron_fapo.observe.loggers import logger_problems
 from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
 
 CHECKPOINT_BYTES_PER_PARAMETER = 18
@@ -28,6 +29,7 @@ def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
     if purpose != "serve":
         problems += _sampler_problems(config) if purpose == "label" else _model_problems(config, purpose)
     problems += _genrm_problems(config, purpose)
+    problems += logger_problems(config) if purpose in ("train", "warmup") else []
     if config.device == "gpu":  # `auto` cannot fail, and looking takes seconds: it imports torch.
         try:
             choose_device(config.device)

@@ -1,9 +1,9 @@
-"""Step metrics: one line of `metrics.jsonl` for each step, and the same numbers for TensorBoard."""
+"""Step metrics: one line of `metrics.jsonl` for each step, and the same records for whoever follows."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -24,8 +24,6 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # Seconds to import; only the driver writes metrics.
-
         path = run_dir / FILE
         kept = read_json_lines(path) if path.exists() else []
         if resume_step is None and kept:
@@ -35,37 +33,37 @@ class MetricsWriter:
         write_atomically(path, "".join(map(json_line, kept)))
         self._last_step = kept[-1]["step"] if kept else -1
         self._path, self._file = path, path.open("a", encoding="utf-8")
-        purge = None if resume_step is None else resume_step + 1
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
+        self.followers: list[Callable[[int, Mapping[str, float]], None]] = []
+        """Called with every record that is on disk, and with what is added to one."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raises ValueError when `step` is not after the last one: a step has one line."""
         if step <= self._last_step:
             raise ValueError(f"metrics of step {step} after those of step {self._last_step}: a step is written once")
-        self._file.write(json_line({"step": step, **{name: _number(name, metrics[name]) for name in metrics}}))
+        metrics = {name: _number(name, metrics[name]) for name in metrics}
+        self._file.write(json_line({"step": step, **metrics}))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._last_step = step
-        self._to_tensorboard(step, metrics)
+        self._hand_on(step, metrics)
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add metrics to the line of `step` when it is the last, as a whole or not at all; else write the line."""
         if step != self._last_step:
             return self.write(step, metrics)
+        metrics = {name: _number(name, metrics[name]) for name in metrics}
         self._file.close()
         *kept, last = read_json_lines(self._path)
-        write_atomically(self._path, "".join(map(json_line, [*kept, last | dict(metrics)])))
+        write_atomically(self._path, "".join(map(json_line, [*kept, last | metrics])))
         self._file = self._path.open("a", encoding="utf-8")
-        self._to_tensorboard(step, metrics)
+        self._hand_on(step, metrics)
 
     def close(self) -> None:
         self._file.close()
-        self._tensorboard.close()
 
-    def _to_tensorboard(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._tensorboard.add_scalar(name, value, step)
-        self._tensorboard.flush()
+    def _hand_on(self, step: int, metrics: Mapping[str, float]) -> None:
+        for follower in self.followers:
+            follower(step, metrics)
 
     def __enter__(self) -> Self:
         return self

@@ -22,6 +22,7 @@ from megatron_fapo.data.datasets import load_prompts
 from megatron_fapo.data.records import Group, Sample, ScoredSample
 from megatron_fapo.errors import UserError
 from megatron_fapo.observe.log import setup_logging
+from megatron_fapo.observe.loggers import Loggers
 from megatron_fapo.observe.metrics import MetricsWriter
 from megatron_fapo.observe.progress import Progress
 from megatron_fapo.observe.report import write_report
@@ -272,6 +273,7 @@ async def _train(config: Config, resume: Resume | None) -> int:
             raise UserError(str(error)) from error
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(MetricsWriter(run_dir, resume_step))
+        writer.followers.append(stack.enter_context(Loggers(config, resume_step)).put)
         (run_dir / "config.yaml").write_text(dump_yaml(config))
         stop = stack.enter_context(StopRequest())
         progress = stack.enter_context(Progress(config.training.steps, state.step))

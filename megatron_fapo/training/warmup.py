@@ -19,6 +19,7 @@ from typing import Any
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
 from megatron_fapo.observe.log import setup_logging
+from megatron_fapo.observe.loggers import Loggers
 from megatron_fapo.observe.metrics import MetricsWriter
 from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.worker import SUPERVISED
@@ -84,7 +85,8 @@ async def _warmup(config: Config, data: Path, out: Path) -> int:
     limit = config.data.max_prompt_tokens + config.rollout.max_response_tokens
     source = batches(read_demonstrations(data, tokenizer, limit), config.training.prompts_per_mini_batch, config.seed)
     steps = config.training.steps
-    with MetricsWriter(run_dir) as writer:
+    with MetricsWriter(run_dir) as writer, Loggers(config) as loggers:
+        writer.followers.append(loggers.put)
         async with launch(config, rollout=False) as cluster:
             assert cluster.policy is not None
             for step in range(1, steps + 1):
