@@ -198,7 +198,8 @@ class Job:
                     self.evidence["overdue"] = f"the driver did not stop until {REQUEUE_BEFORE_S:g} s before the limit"
                 return
             time.sleep(_POLL_S)
-        self.evidence["driver"] = driver.returncode
+        code = driver.returncode
+        self.evidence["driver"] = code if code >= 0 else 128 - code  # as a shell has it, and srun for its task
 
     def _head_address(self) -> str:
         """Where the head of Ray listens: ports that follow from the job's id, so that jobs on one node differ."""

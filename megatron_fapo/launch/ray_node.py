@@ -13,6 +13,7 @@ import argparse
 import glob
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -26,7 +27,9 @@ from megatron_fapo.rollout.guard import Guard
 MEMBER = 1000
 """Of a role's resource: a mark of membership, never used up."""
 _POLL_S = 0.2
-_LOG_LINES = 20
+_LOG_LINES = 10
+_GRAVE = re.compile(r"\[[^]]* [EFC] \d+ \d+\]")
+"""A line of Ray's that is neither information, nor a warning, nor a part of a dump."""
 
 
 def address_towards(host: str) -> str:
@@ -129,7 +132,8 @@ def _append_ray_logs(log: Path) -> None:
         for path in sorted(glob.glob("/tmp/ray/session_latest/logs/*")):
             if os.path.basename(path).startswith(("raylet", "gcs_server")) and os.path.getsize(path):
                 with open(path, errors="replace") as file:
-                    output.write(f"--- {path}\n" + "".join(file.readlines()[-_LOG_LINES:]))
+                    grave = [line for line in file if _GRAVE.match(line)]
+                output.write(f"--- {path}\n" + "".join(grave[-_LOG_LINES:]))
 
 
 if __name__ == "__main__":

@@ -83,8 +83,7 @@ def step(nodes: Sequence[str], command: Sequence[str], env: Mapping[str, str], o
     With FAPO_CONTAINER (an image for pyxis) the task runs in it: the checkout and FAPO_MOUNTS are mounted.
     """
     words = ["srun", "--overlap", f"--nodes={len(nodes)}", f"--ntasks={len(nodes)}", "--ntasks-per-node=1"]
-    # Else Slurm binds the one task, and with it all of Ray, to one core.
-    words += [f"--nodelist={','.join(nodes)}", "--cpu-bind=none", "--mem=0"]
+    words += [f"--nodelist={','.join(nodes)}", "--mem=0"]
     if output is not None:
         words.append(f"--output={output}")
     if image := env.get("FAPO_CONTAINER"):
@@ -96,4 +95,5 @@ def step(nodes: Sequence[str], command: Sequence[str], env: Mapping[str, str], o
 
 def step_environment(env: Mapping[str, str]) -> dict[str, str]:
     """The environment for `step`: ours without what belongs to the step that we may be in ourselves."""
-    return {name: value for name, value in env.items() if not name.startswith(_OF_A_STEP)}
+    kept = {name: value for name, value in env.items() if not name.startswith(_OF_A_STEP)}
+    return {**kept, "SLURM_CPU_BIND": "none"}  # else the one task, and with it all of Ray, is bound to one core
