@@ -12,7 +12,6 @@ import os
 import re
 import secrets
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 from megatron_fapo.errors import UserError
 from megatron_fapo.launch import slurm
 from megatron_fapo.launch.facts import gather
-from megatron_fapo.launch.preflight import Problem, exchange_canaries, judge, read_reports
+from megatron_fapo.launch.preflight import EXCLUDE, Problem, exchange_canaries, judge, read_reports
 
 CHILD_S = 180.0
 """For an import or the measurements of all cards; cold caches on a network filesystem take a minute."""
@@ -35,8 +34,6 @@ FILE_BYTES = 256 * 2**20
 COPY_BYTES = 256 * 2**20
 MATMUL = 8192
 SMALL_FILES = 50
-SLOW = 0.75
-"""Of the median node: below it a card or a disk is worth a look. Clocks and neighbours account for some per cent."""
 
 
 def doctor_command(
@@ -48,7 +45,12 @@ def doctor_command(
     else:
         reports = [examine(directory.resolve())]
         expected = [reports[0]["node"]]
-    problems = [*judge(reports, expected), *slow_ones(reports)]
+    problems = judge(reports, expected)
+    problems += [
+        Problem(report["node"], f"its GPUs cannot be used: {report['measured']['gpus']}", EXCLUDE)
+        for report in reports
+        if "gpus" in report["measured"]
+    ]
     imports = try_imports() if deep else {}
     problems += [
         Problem(reports[0]["node"], f"{name} cannot be imported: {told['error']}", "reinstall it")
@@ -108,7 +110,7 @@ def survey(directory: Path, partition: str | None, nodes: int | None) -> tuple[l
 
 
 def measure(directory: Path, cards: bool) -> dict[str, Any]:
-    """Speeds; one that cannot be measured is text that says why."""
+    """Speeds; `disk` and `gpus` appear when they cannot be measured, and say why."""
     import numpy as np
 
     source, target = np.ones(COPY_BYTES, np.uint8), np.empty(COPY_BYTES, np.uint8)
@@ -119,7 +121,7 @@ def measure(directory: Path, cards: bool) -> dict[str, Any]:
         measured["disk"] = str(error)
     if cards:
         told = _child("-m", "megatron_fapo.launch.doctor")
-        measured["gpus"] = told.get("error") or json.loads(told["output"])
+        measured |= {"gpus": told["error"]} if "error" in told else json.loads(told["output"].splitlines()[-1])
     return measured
 
 
@@ -219,26 +221,6 @@ def _child(*words: str) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - start, 1), "output": done.stdout.strip()}
 
 
-def slow_ones(reports: Sequence[Mapping[str, Any]]) -> list[Problem]:
-    """Nodes that are much slower than the median."""
-    told = {report["node"]: {**report["measured"], **_speeds_of_gpus(report)} for report in reports}
-    problems = []
-    for name in sorted({name for speeds in told.values() for name in speeds if name.endswith("_s")}):
-        values = {node: speeds[name] for node, speeds in told.items() if name in speeds}
-        usual = statistics.median(values.values())
-        problems += [
-            Problem(node, f"{name} is {value}, the median is {usual}", "repeat, then have it looked at", stops=False)
-            for node, value in values.items()
-            if value < SLOW * usual
-        ]
-    return problems
-
-
-def _speeds_of_gpus(report: Mapping[str, Any]) -> dict[str, float]:
-    gpus = report["measured"].get("gpus")
-    return gpus if isinstance(gpus, dict) else {}
-
-
 def costs(report: Mapping[str, Any]) -> list[str]:
     """What this machine lacks without which runs go on, and what that costs."""
     facts, lacks = report["facts"], []
@@ -325,7 +307,6 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
             f"{name} {packages[name]['version']}" for name in main if packages.get(name, {}).get("version")
         )
 
-    measured = {**report.get("measured", {}), **_speeds_of_gpus(report)}
     return {
         "GPUs": told("gpus", cards),
         "driver": told("gpus", lambda gpus: f"{gpus['driver']}, CUDA {gpus['cuda']}" if gpus["driver"] else "none"),
@@ -346,7 +327,7 @@ def summary(report: Mapping[str, Any]) -> dict[str, str]:
             "disks",
             lambda all_: ", ".join(f"{name} {d['free_bytes'] / 2**30:.0f} GiB free" for name, d in all_.items()),
         ),
-        **{name: str(value) for name, value in measured.items() if name != "gpus" or isinstance(value, str)},
+        **{name: str(value) for name, value in report["measured"].items()},
     }
 
 

@@ -18,9 +18,8 @@ import secrets
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,55 +226,52 @@ def _ills(card: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
 
 def _odd_ones(reports: Sequence[Report], gpus: int) -> Iterator[Problem]:
     """Nodes that differ from the majority."""
-    for name in ("python", *{name: 0 for report in reports for name in report["facts"].get("packages", {})}, "NCCL"):
-        for node, own, usual in _minority(reports, partial(_version, name=name)):
+    every = dict.fromkeys(name for report in reports for name in report["facts"].get("packages", {}))
+    paths = [(name, ["packages", name, "version"]) for name in every]
+    for name, path in [*paths, ("Python", ["machine", "python"]), ("NCCL", ["software", "nccl"])]:
+        for node, own, usual in _minority(_told(reports, *path)):
             yield Problem(node, f"has {name} {own}, most nodes have {usual}", SAME_EVERYWHERE)
-    for node, own, usual in _minority(reports, _links):
+    up = [
+        (node, sorted(port["gbps"] for port in ports if port["state"] == "ACTIVE"))
+        for node, ports in _told(reports, "infiniband")
+    ]
+    for node, own, usual in _minority(up):
         if (len(own), sum(own)) < (len(usual), sum(usual)):
-            ports = next(report for report in reports if report["node"] == node)["facts"]["infiniband"]
-            down = ", ".join(port["port"] for port in ports if port["state"] != "ACTIVE") or "none"
-            what = f"{len(own)} InfiniBand or RoCE ports are up with {sum(own):g} Gb/s (down: {down})"
-            yield Problem(node, f"{what}; most nodes have {len(usual)} with {sum(usual):g} Gb/s", EXCLUDE)
+            what = f"{len(own)} InfiniBand or RoCE ports are up with {sum(own):g} Gb/s in all"
+            yield Problem(node, f"{what}, most nodes have {len(usual)} with {sum(usual):g}", EXCLUDE)
     if not gpus:
         return
-    for node, own, usual in _minority(reports, _kinds):
-        yield Problem(node, f"has GPUs {own}, most nodes have {usual}", EXCLUDE)
-    for node, own, usual in _minority(reports, lambda report: report["facts"].get("gpus", {}).get("driver")):
+    kinds = [
+        (node, sorted({f"{card['name']} ({card['memory_mib']} MiB)" for card in cards}))
+        for node, cards in _told(reports, "gpus", "cards")
+        if cards
+    ]
+    for node, own, usual in _minority(kinds):
+        yield Problem(node, f"has GPUs {', '.join(own)}, most nodes have {', '.join(usual)}", EXCLUDE)
+    for node, own, usual in _minority(_told(reports, "gpus", "driver")):
         # NCCL and CUDA run across driver releases; a node that an upgrade has missed is still worth knowing.
         yield Problem(node, f"has driver {own}, most nodes have {usual}", "upgrade the driver there", stops=False)
-    links = [card["active"] for report in reports for card in report["facts"].get("nvlink", {}).values()]
-    usual_links = _commonest(links)
+    links = [(n, i, card["active"]) for n, cards in _told(reports, "nvlink") for i, card in cards.items()]
+    usual = _commonest([active for _, _, active in links])
+    for node, index, active in links:
+        if active < usual:
+            yield Problem(node, f"GPU {index} has {active} NVLinks up, most have {usual}", EXCLUDE)
+
+
+def _told(reports: Sequence[Report], probe: str, *path: str) -> list[tuple[str, Any]]:
+    """(node, what its probe says at `path`) of the nodes whose probe did not fail."""
+    told = []
     for report in reports:
-        for index, card in report["facts"].get("nvlink", {}).items():
-            if card["active"] < usual_links:
-                what = f"GPU {index} has {card['active']} NVLinks up, most have {usual_links}"
-                yield Problem(report["node"], what, EXCLUDE)
+        if probe in report["facts"]:
+            value = report["facts"][probe]
+            for name in path:
+                value = (value or {}).get(name)
+            told.append((report["node"], value))
+    return told
 
 
-def _version(report: Report, name: str) -> Any:
-    facts = report["facts"]
-    if name == "python":
-        return facts.get("machine", {}).get("python")
-    if name == "NCCL":
-        return facts.get("software", {}).get("nccl")
-    package = facts.get("packages", {}).get(name)
-    return package and (package["version"] or "not installed")
-
-
-def _links(report: Report) -> Any:
-    ports = report["facts"].get("infiniband")
-    return ports and sorted(port["gbps"] for port in ports if port["state"] == "ACTIVE")
-
-
-def _kinds(report: Report) -> Any:
-    cards = report["facts"].get("gpus", {}).get("cards")
-    return cards and sorted({f"{card['name']} ({card['memory_mib']} MiB)" for card in cards})
-
-
-def _minority(reports: Sequence[Report], read: Callable[[Report], Any]) -> list[tuple[str, Any, Any]]:
-    """(node, its value, the usual value) where they differ; None is no value."""
-    told = [(report["node"], read(report)) for report in reports]
-    told = [(node, value) for node, value in told if value is not None]
+def _minority(told: Sequence[tuple[str, Any]]) -> list[tuple[str, Any, Any]]:
+    """(node, its value, the usual value) where they differ."""
     usual = _commonest([value for _, value in told])
     return [(node, value, usual) for node, value in told if value != usual]
 
