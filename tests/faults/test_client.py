@@ -225,6 +225,20 @@ def test_a_process_killed_mid_request_costs_no_verdict() -> None:
             process.communicate()
 
 
+def test_servers_that_nobody_listens_at_use_up_no_attempt() -> None:
+    async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
+        for server in servers[:4]:
+            await server.stop()
+        outcome = await judge(client)
+        assert isinstance(outcome, Verdict)
+        assert outcome.server == servers[4].url
+        assert client.metrics()["genrm/failed/gone"] == 4
+        for server in servers[:4]:
+            await server.start()
+
+    run([always(SOUND)] * 5, test, max_attempts=2)
+
+
 def test_a_dead_server_rejoins() -> None:
     async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
         await servers[0].stop()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from megatron_fapo.genrm.pool import FAILURES_UNTIL_DEAD, FIRST_PROBE_S, LAST_PROBE_S, Effect, ServerPool, State
 
 URLS = ["a", "b", "c"]
+UNUSABLE = (State.DEAD, State.WITHDRAWN, None)
 
 
 def fail(pool: ServerPool, url: str, effect: Effect = Effect.FAILED, now: float = 0.0) -> State:
@@ -86,9 +87,33 @@ def test_a_tried_server_is_not_asked_while_another_is_usable_even_a_full_one() -
     assert pool.choose({"a"}, 0.0) == "a"
 
 
+def test_withdrawn_servers_are_left_alone_and_those_that_stay_keep_what_is_known_of_them() -> None:
+    pool = ServerPool(["a", "b"], 4)
+    fail(pool, "b")
+    pool.begin("a", 3)
+    added, withdrawn = pool.replace(["b", "c"], 1.0)
+    assert (added, withdrawn) == (["c"], ["a"])
+    assert pool.servers["b"].state is State.SUSPECT
+    assert pool.choose({"b", "c"}, 1.0) in ("b", "c")
+    pool.end("a", 3, Effect.ANSWERED, 1.0)
+    assert pool.servers["a"].state is State.WITHDRAWN, "a late answer does not bring it back"
+    pool.replace(["a"], 2.0)
+    assert pool.servers["a"].state is State.HEALTHY
+    assert list(pool.servers) == ["a"], "nothing is kept of servers without open requests"
+
+
+def test_an_empty_pool_is_down_since_it_was_emptied() -> None:
+    pool = ServerPool(["a"], 4)
+    pool.replace([], 5.0)
+    pool.replace([], 7.0)
+    assert (pool.down_since(), pool.has_room(7.0), pool.choose(set(), 7.0)) == (5.0, False, None)
+    pool.replace(["a"], 8.0)
+    assert (pool.down_since(), pool.choose(set(), 8.0)) == (None, "a")
+
+
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["begin", "end", "probe", "wait"]),
+        st.sampled_from(["begin", "end", "probe", "wait", "replace"]),
         st.integers(0, 10),
         st.sampled_from(Effect),
         st.booleans(),
@@ -107,24 +132,31 @@ def test_invariants_hold_under_any_sequence_of_events(events: list[tuple[str, in
         states = {url: server.state for url, server in pool.servers.items()}
         if kind == "begin" and (url := pool.choose(tried, now)) is not None:
             held = sum(open_url == url for open_url, _ in open_requests)
-            assert states[url] is not State.DEAD
+            assert states[url] not in UNUSABLE
             assert held < (1 if states[url] is State.RECOVERING else limit)
-            assert url not in tried or all(states[other] is State.DEAD for other in URLS if other not in tried)
+            assert url not in tried or all(states.get(other) in UNUSABLE for other in URLS if other not in tried)
             pool.begin(url, number)
             open_requests.append((url, number))
         elif kind == "end" and open_requests:
             url, tokens = open_requests.pop(number % len(open_requests))
             pool.end(url, tokens, effect, now, busy_for_s=float(number))
-            if states[url] is State.DEAD:
+            if states[url] is State.WITHDRAWN:
+                assert pool.servers[url].state is State.WITHDRAWN
+            elif states[url] is State.DEAD:
                 assert (pool.servers[url].state is State.HEALTHY) == (effect is Effect.ANSWERED)
-        elif kind == "probe":
+        elif kind == "replace":
+            pool.replace(tried, now)
+            assert {server.url for server in pool.present()} == tried
+        elif kind == "probe" and URLS[number % 3] in pool.servers:
             pool.probed(URLS[number % 3], answered, now)
-            for url in URLS:
+            for url in pool.servers:
                 assert pool.servers[url].state is states[url] or (states[url] is State.DEAD and answered)
         else:
             now += number
         for url, server in pool.servers.items():
             mine = [tokens for open_url, tokens in open_requests if open_url == url]
             assert (server.requests, server.tokens) == (len(mine), sum(mine))
-            assert (server.down_since is None) == (server.state in (State.HEALTHY, State.SUSPECT))
+            if server.state is not State.WITHDRAWN:
+                assert (server.down_since is None) == (server.state in (State.HEALTHY, State.SUSPECT))
+        assert {url for url, _ in open_requests} <= pool.servers.keys()
         assert pool.has_room(now) == (pool.choose(set(), now) is not None)
