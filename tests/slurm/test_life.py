@@ -1,0 +1,190 @@
+"""The life of a job, for real: the scripts that users submit, on nodes of different roles, stopped and broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fapo.data.datasets import write_testbed
+from tests.slurm.cluster import SlurmCluster
+from tests.slurm.jobs import ROOT, TINY, Job
+from tests.training.runs import FapoProcess
+
+pytestmark = pytest.mark.timeout(1500)
+TIMINGS = ("phase_s/", "weight_sync/", "genrm/", "observe/", "verifier/")
+Submit = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("data")
+    write_testbed(directory, 200, 4, 1)
+    return f"data.train=[{directory}/train.jsonl]"
+
+
+@pytest.fixture
+def submit(slurm_cluster: SlurmCluster, tmp_path: Path, prompts: str) -> Iterator[Submit]:
+    jobs = []
+
+    def start(script: str, nodes: int, *arguments: str, **env: str) -> Job:
+        jobs.append(Job(slurm_cluster, tmp_path, script, nodes, prompts, *arguments, **env))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.end()
+    for node in slurm_cluster.names:
+        slurm_cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+
+
+def learned(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics without those that say how long things took."""
+    return [{name: value for name, value in each.items() if not name.startswith(TIMINGS)} for each in metrics]
+
+
+def test_limit_dead_node_dead_engine_dead_server_and_the_run_ends_as_if_nothing_had_been(
+    slurm_cluster: SlurmCluster, submit: Submit, prompts: str, tmp_path: Path
+) -> None:
+    job = submit("fapo_32b", 3, "training.steps=8", "training.checkpoint.every_steps=1")
+    job.wait_step(1)
+    trainer, roller, judge = job.nodes()
+    roles = {each: _nodes_of(job, each) for each in ("policy", "rollout", "genrm")}
+    assert roles == {"policy": {trainer}, "rollout": {roller}, "genrm": {judge}}
+
+    job.signal("USR1")
+    job.wait_said("requeued (stopped for the time limit with everything saved)")
+    saved = job.metrics()[-1]["step"]
+    assert (job.run_dir / f"checkpoints/step_{saved:06d}/state.json").exists()
+
+    job.wait_attempt(1)
+    job.wait_step(saved + 1)
+    dead = job.nodes()[1]
+    slurm_cluster.run("scontrol", "update", f"nodename={dead}", "state=down", "reason=test")
+    job.wait_attempt(2)
+    assert dead not in job.nodes()
+
+    step = job.metrics()[-1]["step"]
+    job.wait_step(step + 1)
+    engine_node = job.nodes()[1]
+    os.kill(job.processes("ray::RolloutEngine")[0], signal.SIGKILL)
+    job.wait_said("requeued (a process of the run was lost)")
+    assert re.search(rf"first to fail: rollout-0 on {engine_node} after step \d+: its process is gone", job.log())
+    assert json.loads((job.run_dir / "failure.json").read_text())["exit_code"] == 76
+
+    job.wait_attempt(3)
+    step = job.metrics()[-1]["step"]
+    job.wait_step(step + 1)
+    os.kill(job.processes("genrm.server_process")[0], signal.SIGKILL)
+    job.wait_said("requeued (a process of the run was lost)", times=2)
+    assert f"first to fail: genrm-0 on {job.nodes()[2]}" in job.log()
+
+    job.wait_attempt(4)
+    job.wait_state("COMPLETED", "FAILED")
+    assert job.state() == "COMPLETED", job.log()[-6000:]
+    job.wait_gone()
+
+    whole = FapoProcess(
+        tmp_path / "whole.log", "train", "-c", str(ROOT / "examples/fapo_32b.yaml"), "-c", str(ROOT / TINY),
+        f"run_dir={tmp_path / 'whole'}", prompts, "training.steps=8", "training.checkpoint.every_steps=0",
+        "cluster.train_nodes=0", "cluster.rollout_nodes=0", "cluster.genrm_nodes=0",
+    )  # fmt: skip
+    assert whole.wait() == 0, whole.output()[-4000:]
+    alone = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert learned(job.metrics()) == learned(alone)
+
+
+def _nodes_of(job: Job, role: str) -> set[str]:
+    """Host names that processes of a role see, by the kind of Ray actor."""
+    actor = {"policy": "PolicyActor", "rollout": "RolloutEngine", "genrm": "GenRMServer"}[role]
+    found = set()
+    for pid in job.processes(f"ray::{actor}"):
+        space = ["nsenter", "-t", str(pid), "-u", "hostname"]
+        found.add(subprocess.run(space, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+    return found
+
+
+def test_every_process_of_a_running_job_may_die(slurm_cluster: SlurmCluster, submit: Submit) -> None:
+    job = submit(
+        "baseline_7b", 2, "cluster.genrm_nodes=0", "cluster.idle_restarts=9", "genrm.enabled=false",
+        "training.steps=100000", "training.checkpoint.every_steps=1",
+    )  # fmt: skip
+    deaths = (
+        # whose process, what the screen says, whether a node is avoided afterwards
+        (r"^\S*python\S* -m megatron_fapo.cli train", r"the driver was killed by signal 9", False),
+        (r"ray::PolicyActor", r"first to fail: policy-\d on NODE0 .*its process is gone", False),
+        (r"raylet/raylet .*fapo_node_1", r"NODE1: Ray ended with exit code 1[\s\S]*avoids NODE1", True),
+        (r"gcs/gcs_server", r"NODE0: Ray ended with exit code 1[\s\S]*avoids NODE0", True),
+    )
+    avoided: list[str] = []
+    for attempt, (pattern, said, avoids) in enumerate(deaths):
+        job.wait_attempt(attempt)
+        nodes = job.nodes()
+        assert not set(avoided) & set(nodes)
+        seen = len(job.log())
+        before = job.metrics()[-1]["step"] if job.metrics() else 0
+        job.wait_step(before + 1)
+        os.kill(job.processes(pattern)[-1], signal.SIGKILL)
+        job.wait_said("decision: requeued", times=attempt + 1)
+        for index, node in enumerate(nodes):
+            said = said.replace(f"NODE{index}", node)
+        assert re.search(said, job.log()[seen:]), job.log()[seen:]
+        avoided += [nodes[1 if "fapo_node_1" in pattern else 0]] if avoids else []
+    job.wait_attempt(len(deaths))
+    job.wait_step(job.metrics()[-1]["step"] + 1)
+    os.kill(job.processes("megatron_fapo.launch.job")[0], signal.SIGKILL)
+    job.wait_state("FAILED")  # nobody is left to requeue it
+    job.wait_gone()
+    assert len({each["step"] for each in job.metrics()}) == len(job.metrics())
+
+
+def test_a_bad_node_is_named_and_avoided_and_a_cancelled_job_leaves_nothing(
+    slurm_cluster: SlurmCluster, submit: Submit, tmp_path: Path
+) -> None:
+    # One node does not mount the shared file system: it sees an empty directory of its own there.
+    slurmd = int((slurm_cluster.root / "run/slurmd.node2.pid").read_text())
+    (tmp_path / "logs").mkdir()
+    mount = ["nsenter", "-t", str(slurmd), "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "logs")]
+    subprocess.run(mount, check=True)
+    try:
+        job = submit("fapo_7b", 3, FAPO_CANARY_S="5")
+        job.wait_said("decision: requeued (preflight refused node2)")
+        assert re.search(r"^node2: sent no report", job.log(), re.M)
+        assert "the next attempt avoids node2" in job.log()
+    finally:
+        subprocess.run([*mount[:4], "umount", str(tmp_path / "logs")], check=True)
+    job.wait_attempt(1)
+    assert "node2" not in job.nodes()
+    job.wait_step(1)
+    assert job.processes("ray::")
+    slurm_cluster.run("scancel", job.id)
+    job.wait_state("CANCELLED")
+    job.wait_gone()
+    assert "not requeued (cancelled" in job.log()
+
+
+def test_bad_input_ends_the_job_before_ray_starts(submit: Submit) -> None:
+    job = submit("fapo_32b", 2, "policy.parallel.tensor=3")
+    job.wait_state("FAILED")
+    assert job.cluster.job(job.id)["ExitCode"] == "2:0"
+    assert "cluster asks for 3 nodes, and the job has 2" in job.log() or "tensor" in job.log()
+    assert not list((job.place / "logs").glob("*/ray-*"))
+
+
+def test_an_error_of_the_runs_own_is_not_tried_again(submit: Submit, tmp_path: Path) -> None:
+    (tmp_path / "reward.py").write_text("def compute_score(*a, **k):\n    raise RuntimeError('broken reward')\n")
+    job = submit(
+        "baseline_7b", 2, "cluster.genrm_nodes=0", f"reward.compute_score={tmp_path}/reward.py:compute_score"
+    )  # fmt: skip
+    job.wait_state("FAILED")
+    assert job.cluster.job(job.id)["ExitCode"] == "1:0"
+    assert "not requeued (the run failed by an error of its own" in job.log()
+    assert "unscored" in job.log()
+    job.wait_gone()
