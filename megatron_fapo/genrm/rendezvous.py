@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.files import write_atomically
 
 HEARTBEAT_S = 5.0
 """How often a service renews its file."""
@@ -62,9 +62,7 @@ _SERVICE: TypeAdapter[Service] = TypeAdapter(Service)
 
 def write(path: Path, service: Service) -> None:
     """Puts the file in place of an older one at once."""
-    beside = path.with_name(f".{path.name}.{service.node}.{service.pid}")
-    beside.write_text(json.dumps(dataclasses.asdict(service), indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, json.dumps(dataclasses.asdict(service), indent=1) + "\n")
 
 
 def read(path: Path) -> Service | None:

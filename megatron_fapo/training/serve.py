@@ -1,7 +1,7 @@
 """`fapo genrm serve`: GenRM servers of their own for any number of runs, which find them through a rendezvous file.
 
-In: the `genrm` section and a path. Out: a file that names the servers that are up, for as long as one is. A server that
-ends leaves the file and is started again in its place.
+In: the `genrm` section and a path. Out: a file that names the servers that are up. A server that ends leaves the file
+and is started again in its place; when that has failed for all, the service ends.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm import rendezvous
 from megatron_fapo.observe.log import setup_logging
-from megatron_fapo.training.cluster import launch
-from megatron_fapo.training.signals import EXIT_LOST, StopRequest, StopRequestedError
+from megatron_fapo.processes import Process, ProcessDiedError, how_lost, is_lost, log_end
+from megatron_fapo.training.cluster import Cluster, ServerDiedError, launch
+from megatron_fapo.training.failure import forget_failure, report_failure
+from megatron_fapo.training.signals import StopRequest, StopRequestedError
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def serve_command(config: Config, *, path: Path) -> int:
     Raises UserError when `path` cannot be written, is something else, or belongs to a service that runs.
     """
     setup_logging(Path(config.run_dir), "driver", terminal=True)
+    forget_failure(Path(config.run_dir))
     path.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--rendezvous: {path.parent} is not writable; choose another place that the runs see too")
@@ -51,15 +54,16 @@ async def _serve(config: Config, path: Path) -> int:
                 starting = launch(config, policy=False, rollout=False, judges_only=True)
                 cluster = await stop.race(processes.enter_async_context(starting))
                 try:
-                    await stop.race(_announce(config, path, cluster.genrm_servers, cluster.genrm_urls))
+                    died: ProcessDiedError = await stop.race(_announce(config, path, cluster))
                 finally:
                     path.unlink(missing_ok=True)
                     log.info("%s is removed; the servers end in %g s", path, GOODBYE_S)
                     await asyncio.sleep(GOODBYE_S)
         except StopRequestedError:
             return stop.exit_code
-    log.error("every GenRM server is lost; start the service again, runs that wait for it go on")
-    return EXIT_LOST
+        except ProcessDiedError as error:
+            died = error
+    return report_failure(Path(config.run_dir), died, 0)
 
 
 async def _refuse_company(path: Path) -> None:
@@ -73,11 +77,11 @@ async def _refuse_company(path: Path) -> None:
         raise UserError(f"--rendezvous: {path} belongs to {again}, which runs: stop it, or choose another file")
 
 
-async def _announce(config: Config, path: Path, servers: list[Any], urls: list[str]) -> None:
-    """Renews the file; returns when no server is left."""
+async def _announce(config: Config, path: Path, cluster: Cluster) -> ServerDiedError:
+    """Renews the file until no server is left; returns why the last one is lost."""
     now = time.time()
     service = rendezvous.Service(
-        urls=urls,
+        urls=cluster.genrm_urls,
         served_model=config.genrm.served_model,
         model_path=str(Path(config.genrm.model_path or "").resolve()),
         started=now,
@@ -87,10 +91,13 @@ async def _announce(config: Config, path: Path, servers: list[Any], urls: list[s
         job_id=os.environ.get("SLURM_JOB_ID"),
         api_key_env=config.genrm.api_key_env,
     )
-    up = dict(enumerate(urls))
+    up = dict(enumerate(cluster.genrm_urls))
     log.info("%d GenRM servers are up; runs find them with genrm.rendezvous=%s", len(up), path)
     async with asyncio.TaskGroup() as group:
-        keepers = [group.create_task(_keep(index, server, up)) for index, server in enumerate(servers)]
+        keepers = [
+            group.create_task(_keep(process, server, up))
+            for process, server in zip(cluster.genrm_processes, cluster.genrm_servers, strict=True)
+        ]
         while not all(keeper.done() for keeper in keepers):
             renewed = dataclasses.replace(service, urls=[up[i] for i in sorted(up)], heartbeat=time.time())
             try:
@@ -98,10 +105,11 @@ async def _announce(config: Config, path: Path, servers: list[Any], urls: list[s
             except OSError as error:  # a filesystem that is away for a while must not end servers that work
                 log.error("%s cannot be renewed: %s; runs call it stale after %g s", path, error, rendezvous.STALE_S)
             await asyncio.wait(keepers, timeout=rendezvous.HEARTBEAT_S)
+    return keepers[-1].result()
 
 
-async def _keep(index: int, server: Any, up: dict[int, str]) -> None:
-    """Starts the server again whenever it ends, and keeps its place in `up`; returns when that fails."""
+async def _keep(process: Process, server: Any, up: dict[int, str]) -> ServerDiedError:
+    """Starts the server again whenever it ends, and keeps its place in `up`; returns why that is over."""
     from ray.exceptions import RayError
 
     try:
@@ -109,11 +117,15 @@ async def _keep(index: int, server: Any, up: dict[int, str]) -> None:
             await asyncio.sleep(CHECK_S)
             if await server.alive.remote():
                 continue
-            log.error("GenRM server %d at %s has ended (logs/genrm-%d.log); starting it again", index, up[index], index)
-            del up[index]
+            log.error("%s has ended and is started again; %s", process, log_end(process.log_path))
+            del up[process.rank]
             await server.stop.remote()
-            up[index] = await server.start.remote()
-            log.info("GenRM server %d is back at %s", index, up[index])
+            up[process.rank] = await server.start.remote()
+            log.info("%s is back at %s", process, up[process.rank])
     except RayError as error:
-        up.pop(index, None)
-        log.error("GenRM server %d is lost: %s", index, getattr(error, "cause", None) or error)
+        up.pop(process.rank, None)
+        lost = is_lost(error)
+        what = how_lost(process.node) if lost else "it cannot be started again"
+        died = ServerDiedError(process, what, lost=True, detail=str(getattr(error, "cause", None) or error))
+        log.error("%s", died)
+        return died
