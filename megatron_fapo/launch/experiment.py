@@ -130,7 +130,7 @@ def check_tasks(specs: Sequence[TaskSpec], *, look_for_gpu: bool) -> list[Task]:
     ordered = not problems
     order = [*TopologicalSorter(_graph(specs)).static_order()] if ordered else [*by_name]
     checked: dict[str, Task] = {}
-    models: dict[Path, tuple[str, str]] = {}  # what will be written -> by which task, and what stands in for it
+    writers = {spec.target.resolve(): spec.name for spec in specs if spec.target is not None}
     for spec in (by_name[name] for name in order):
         # Without an order all others count as earlier: what is wrong with the configurations is said all the same.
         earlier = _earlier(spec, by_name) if ordered else set(by_name)
@@ -138,15 +138,13 @@ def check_tasks(specs: Sequence[TaskSpec], *, look_for_gpu: bool) -> list[Task]:
         if spec.verb == "convert":
             task = _checked_conversion(spec, [checked[n] for n in order if n in checked and n in earlier], found)
         else:
-            task = _checked_training(spec, earlier, models, look_for_gpu, found)
+            task = _checked_training(spec, {n: checked.get(n) for n in earlier}, writers, look_for_gpu, found)
             for other in checked.values():
                 same = task is not None and Path(other.config.run_dir).resolve() == Path(task.config.run_dir).resolve()
                 if same and other.spec.verb != "convert":
                     found.append(f"run_dir is that of task {other.spec.name}; each training needs its own")
         if task is not None:
             checked[spec.name] = task
-            if spec.target is not None:
-                models[spec.target.resolve()] = (spec.name, task.config.policy.model_path)
         problems += [f"task {spec.name}: {problem}" for problem in found]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -180,7 +178,11 @@ def _earlier(spec: TaskSpec, by_name: Mapping[str, TaskSpec]) -> set[str]:
 
 
 def _checked_training(
-    spec: TaskSpec, earlier: set[str], models: Mapping[Path, tuple[str, str]], look_for_gpu: bool, problems: list[str]
+    spec: TaskSpec,
+    earlier: Mapping[str, Task | None],
+    writers: Mapping[Path, str],
+    look_for_gpu: bool,
+    problems: list[str],
 ) -> Task | None:
     if spec.source or spec.target:
         problems.append("source and target belong to `verb: convert`")
@@ -195,11 +197,11 @@ def _checked_training(
     stand_in: dict[str, dict[str, object]] = {"policy": {}, "genrm": {}}
     for section in stand_in:
         path = getattr(loaded.config, section).model_path
-        writer, model = models.get(Path(path).resolve(), (None, "")) if path else (None, "")
-        if writer in earlier:
-            stand_in[section]["model_path"] = model
-        elif writer is not None:
+        writer = writers.get(Path(path).resolve()) if path else None
+        if writer is not None and writer not in earlier:
             problems.append(f"{section}.model_path = {path} is written by task {writer}: name it in `after`")
+        elif writer is not None and (conversion := earlier[writer]) is not None:
+            stand_in[section]["model_path"] = conversion.config.policy.model_path
     config = loaded.config.model_copy(
         update={name: getattr(loaded.config, name).model_copy(update=value) for name, value in stand_in.items()}
         | ({} if look_for_gpu else {"device": "auto"})

@@ -5,16 +5,18 @@ driver, signals, requeue) is megatron_fapo.launch.job. The code runs in place, f
 all nodes share: a packaged copy would not hold the models and data that configurations name by relative paths, and a
 requeued job would resume with other code than the one that its checkout shows.
 
-    nemo fapo train config=[examples/fapo_7b.yaml] run.executor=fapo_slurm run.executor.partition=gpu
-    python -m megatron_fapo.launch.nemo --yes config=[examples/tiny_cpu.yaml] run.executor=fapo_local
+    nemo fapo train config=examples/fapo_7b.yaml run.executor=fapo_slurm run.executor.partition=gpu
+    python -m megatron_fapo.launch.nemo --yes config=examples/tiny_cpu.yaml overrides="seed=2 run_dir=runs/two"
 
 This is the only module that imports nemo_run, which takes seconds.
 """
 
-# No `from __future__ import annotations`: NeMo-Run evaluates annotations, and would do so without our imports.
+# NeMo-Run's command line reads annotations: as text it cannot resolve them, and it knows Optional but not `| None`.
+# ruff: noqa: UP045
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import nemo_run as run
 from invoke.exceptions import UnexpectedExit
@@ -44,6 +46,7 @@ _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED
 # srun waits in the background, and the signal goes to one process, by its id: sent to the step it would also reach what
 # that process has started, and Ray would die before the checkpoint.
 _PASS_ON_SIGNAL = """\
+rm -f "$FAPO_PID_FILE"
 trap 'kill -USR1 "$(cat "$FAPO_PID_FILE")"' USR1
 srun() {
   command srun "$@" &
@@ -91,14 +94,14 @@ def local_executor() -> run.LocalExecutor:
 def slurm_executor(
     *,
     nodes: int = 0,
-    gpus_per_node: int | None = None,
-    partition: str | None = None,
-    account: str | None = None,
-    time: str | None = None,
-    dependency: str | None = None,
-    container: str | None = None,
+    gpus_per_node: Optional[int] = None,
+    partition: Optional[str] = None,
+    account: Optional[str] = None,
+    time: Optional[str] = None,
+    dependency: Optional[str] = None,
+    container: Optional[str] = None,
     mounts: str = "",
-    sbatch: dict[str, Any] | None = None,
+    sbatch: Optional[dict[str, Any]] = None,
 ) -> run.SlurmExecutor:
     """Whole nodes of the Slurm cluster that this machine submits to, for `fapo_task`.
 
@@ -146,9 +149,14 @@ def _slurm_factory() -> run.Config[run.SlurmExecutor]:
 
 
 @run.cli.entrypoint(name="train", namespace="fapo", type="experiment", default_executor=run.Config(run.LocalExecutor))
-def train(ctx: run.cli.RunContext, config: list[str], overrides: list[str] | None = None, verb: str = "train") -> None:
-    """Train a policy, or a GenRM with verb="genrm train"; a run that was stopped goes on."""
-    spec = task_spec(verb, [Path(file) for file in config], overrides or [])  # type: ignore[arg-type]
+def train(ctx: run.cli.RunContext, config: str, overrides: str = "", verb: str = "train") -> None:
+    """Train a policy, or a GenRM with verb="genrm train"; a run that was stopped goes on.
+
+    Args:
+        config: files, separated by commas; later ones win.
+        overrides: section.key=value, separated by spaces, quoted as in a shell.
+    """
+    spec = task_spec(verb, [Path(file) for file in config.split(",")], shlex.split(overrides))  # type: ignore[arg-type]
     executor = ctx.executor
     on_slurm = isinstance(executor, run.SlurmExecutor)
     (task,) = check_tasks([spec], look_for_gpu=not on_slurm)
