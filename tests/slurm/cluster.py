@@ -43,6 +43,7 @@ class SlurmCluster:
             del self.env[name]
         self._tag = f"f{os.getpid() % 100000}"
         self._net = _free_subnet()
+        self._database: subprocess.Popen[bytes] | None = None
 
     def run(self, *command: str, check: bool = True, **more: str) -> str:
         """A command's output."""
@@ -56,6 +57,7 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Returns when every node is idle."""
+        self.root.chmod(0o755)  # munge wants everybody to reach its socket
         for name in ("state", "run", "log", "dev", "db"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._configure()
@@ -109,13 +111,16 @@ class SlurmCluster:
                 os.kill(pid, 15)
         with contextlib.suppress(TimeoutError):
             # The database is our child: unless asked, it stays as a zombie.
-            self.wait(lambda: self._database.poll() is not None and not any(map(_alive, pids)), 15, "daemons")
+            self.wait(lambda: not self._database_runs() and not any(map(_alive, pids)), 15, "daemons")
         for pid in filter(_alive, pids):
             os.kill(pid, 9)
         for name in self.names:
             self.run("ip", "netns", "del", f"{self._tag}{name}", check=False)
         self.run("ip", "link", "del", f"{self._tag}br", check=False)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _database_runs(self) -> bool:
+        return self._database is not None and self._database.poll() is None
 
     def _pid_files(self) -> Iterable[Path]:
         run = self.root / "run"

@@ -111,7 +111,7 @@ def _nodes_of(job: Job, role: str) -> set[str]:
     return found
 
 
-def test_every_process_of_a_running_job_may_die(slurm_cluster: SlurmCluster, submit: Submit) -> None:
+def test_every_process_of_a_running_job_may_die(submit: Submit) -> None:
     job = submit(
         "baseline_7b", 2, "cluster.genrm_nodes=0", "cluster.idle_restarts=9", "genrm.enabled=false",
         "training.steps=100000", "training.checkpoint.every_steps=1",

@@ -31,7 +31,7 @@ def test_the_controller_accepts_it_at_full_size(slurm_cluster: SlurmCluster, nam
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_nodes_and_files_are_those_of_the_configuration(name: str) -> None:
     text = (ROOT / "slurm" / name).read_text()
-    config = load_config([ROOT / re.search(r"-c (\S+)", text).group(1)], []).config  # type: ignore[union-attr]
+    config = load_config([ROOT / re.search(r"^exec .* -c (\S+)", text, re.M).group(1)], []).config  # type: ignore[union-attr]
     assert int(re.search(r"--nodes=(\d+)", text).group(1)) == config.cluster.nodes  # type: ignore[union-attr]
     assert f"--gpus-per-node={config.cluster.gpus_per_node} " in text
     assert "--requeue" in text
