@@ -255,7 +255,7 @@ def parse_nvlink(text: str) -> dict[str, dict[str, int]]:
 
 def parse_topology(text: str) -> dict[str, int]:
     """Reads `nvidia-smi topo -m`: NV18 are 18 NVLinks, PIX to SYS ever longer ways through PCIe."""
-    lines = [line.split() for line in re.sub(r"\x1b\[\d*m", "", text).splitlines()]
+    lines = [line.split() for line in text.splitlines()]
     rows = [row[1:] for row in lines if len(row) > 1 and re.fullmatch(r"GPU\d+", row[0]) and "X" in row[1:]]
     return dict(Counter(rows[i][j] for i in range(len(rows)) for j in range(i + 1, len(rows))))
 

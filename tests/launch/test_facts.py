@@ -182,13 +182,14 @@ def test_probes_that_fail_or_hang_say_so(monkeypatch, tmp_path):
     (tmp_path / "dmesg").write_text("#!/bin/sh\nexec sleep 60\n")
     (tmp_path / "dmesg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(facts, "disk", lambda _: time.sleep(30))  # a dead mount
     monkeypatch.setattr(facts, "GATHER_S", 1.0)
     start = time.monotonic()
     report = facts.gather(tmp_path)
     assert time.monotonic() - start < 3
     assert "0000:3B:00.0: Unknown Error" in report["failed"]["gpus"]
-    assert "xids" in report["failed"]
-    assert not {"gpus", "xids"} & report["facts"].keys()
+    assert {"xids", "disks"} <= report["failed"].keys()
+    assert not {"gpus", "xids", "disks"} & report["facts"].keys()
     assert report["facts"]["machine"]["cpus"] > 0
 
 

@@ -188,6 +188,15 @@ def test_what_all_lack_is_of_no_node():
     assert "torch is not installed" in problem.what
 
 
+def test_versions_that_nobody_tested_are_told_once():
+    reports = cluster()
+    for report in reports:
+        report["facts"]["packages"]["torch"].update(version="2.12.0", fits=False)
+    (problem,) = judge(reports, NODES)
+    assert (problem.node, problem.stops) == ("", False)
+    assert "torch is 2.12.0, and ==2.11.0 is what was tested" in problem.what
+
+
 def test_a_run_on_gpus_needs_vllm_for_gpus():
     reports = cluster()
     for report in reports:
