@@ -16,6 +16,8 @@ from megatron_fapo.config.load import leaves, load_config
 from megatron_fapo.config.preflight import preflight
 from megatron_fapo.data.prepare import SETS
 from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
+from megatron_fapo.processes import Node
+from megatron_fapo.training.placement import place
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 POLICIES = ("baseline_7b", "fapo_7b", "fapo_7b_remote", "baseline_32b", "fapo_32b", "fapo_32b_remote")
@@ -33,6 +35,7 @@ GPUS = {
 ALL = {
     "seed": 0,
     "device": "gpu",
+    "cluster.gpus_per_node": 8,
     "data.overlong_prompts": "drop",
     "data.shuffle": True,
     "policy.parallel.pipeline": 1,
@@ -96,6 +99,8 @@ POLICY = {
     "training.evaluation.top_p": 0.7,
 }
 SIZE_7B = {
+    "cluster.train_nodes": 1,
+    "cluster.rollout_nodes": 1,
     "policy.model_path": "models/Qwen2.5-Math-7B",
     "policy.max_position_embeddings": 32768,
     "policy.parallel.tensor": 4,
@@ -110,6 +115,8 @@ SIZE_7B = {
     "training.checkpoint.every_steps": 10,
 }
 SIZE_32B = {
+    "cluster.train_nodes": 2,
+    "cluster.rollout_nodes": 4,
     "policy.model_path": "models/Qwen2.5-32B",
     "policy.max_position_embeddings": None,
     "policy.parallel.tensor": 8,
@@ -123,8 +130,14 @@ SIZE_32B = {
     "training.steps": 600,
     "training.checkpoint.every_steps": 20,
 }
-OWN_SERVERS = {"genrm.model_path": "models/FAPO-GenRM-4B", "genrm.servers": 16, "genrm.urls": []}
+OWN_SERVERS = {
+    "cluster.genrm_nodes": 2,
+    "genrm.model_path": "models/FAPO-GenRM-4B",
+    "genrm.servers": 16,
+    "genrm.urls": [],
+}
 NO_SERVERS = {
+    "cluster.genrm_nodes": 0,
     "genrm.model_path": None,
     "genrm.servers": 0,
     "genrm.served_model": "FAPO-GenRM-4B",
@@ -132,6 +145,9 @@ NO_SERVERS = {
 }
 BASELINE = {"reward.flawed_penalty": 0.0}
 GENRM = {
+    "cluster.train_nodes": 2,
+    "cluster.rollout_nodes": 2,
+    "cluster.genrm_nodes": 0,
     "data.train": ["data/fapo-critic-train.parquet"],
     "data.eval.fpb": "data/fapo-critic-test.parquet",
     "data.eval.processbench": "data/processbench.parquet",
@@ -266,7 +282,12 @@ def test_layouts_fill_whole_nodes(name, elsewhere):
     servers = 0 if config.reward.task == "critic" else config.genrm.servers * config.genrm.tensor_parallel
     engines = config.rollout.replicas * config.rollout.tensor_parallel
     assert config.policy.parallel.world_size + engines + servers == GPUS[name]
-    assert config.policy.parallel.world_size % 8 == engines % 8 == servers % 8 == 0
+    nodes = config.cluster
+    roles = [["train"]] * nodes.train_nodes + [["rollout"]] * nodes.rollout_nodes + [["genrm"]] * nodes.genrm_nodes
+    hosts = [Node(f"{i}", f"{i}", i, nodes.gpus_per_node, frozenset(role)) for i, role in enumerate(roles)]
+    assert len(hosts) * nodes.gpus_per_node == GPUS[name], "no card is idle"
+    plan = place(config, hosts, "gpu", policy=True, rollout=True, genrm=True)
+    assert {*plan.policy, *plan.engines, *plan.servers} == set(hosts)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -298,7 +319,7 @@ def test_fapo_differs_from_its_baseline_in_the_reward_alone(size, capsys):
 def test_a_remote_judge_changes_where_the_servers_are_and_nothing_else(size):
     own, remote = (dict(leaves(load(f"fapo_{size}{suffix}"))) for suffix in ("", "_remote"))
     changed = {".".join(key) for key in own.keys() | remote.keys() if own.get(key) != remote.get(key)}
-    assert changed == {"genrm.urls", "genrm.servers", "genrm.model_path", "genrm.served_model"}
+    assert changed == {"cluster.genrm_nodes", "genrm.urls", "genrm.servers", "genrm.model_path", "genrm.served_model"}
 
 
 def test_math_7b_needs_its_positions_raised(elsewhere):
