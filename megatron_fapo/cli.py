@@ -191,6 +191,21 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(args: argparse.Namespace) -> int:
+    config = load_config([args.file], args.overrides).config  # neither models nor data have to be here
+    from megatron_fapo.plan.command import plan_command
+
+    return plan_command(
+        config,
+        model=args.model,
+        cluster=args.cluster,
+        lengths=args.lengths,
+        rates=args.calibrate,
+        json_path=args.json,
+        timeline=args.timeline,
+    )
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from megatron_fapo.launch.doctor import doctor_command
 
@@ -309,6 +324,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; several are overlaid")
     report.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(verb=_report)
+
+    plan = verbs.add_parser("plan", help="memory, step time, bottleneck and layouts of a run, before it starts")
+    plan.add_argument("file", type=Path, metavar="CONFIG", help="YAML; its models need not be on disk")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="override one value")
+    plan.add_argument("--cluster", required=True, metavar="8x8xH100", help="nodes x GPUs x H100, H200, A100 or cpu")
+    plan.add_argument("--model", metavar="NAME_OR_PATH", help="in place of policy.model_path")
+    plan.add_argument("--lengths", metavar="RUN|KEY=N,..", help="a run's directory, or mean=900,p99=4000,prompt=200,..")
+    plan.add_argument("--calibrate", type=Path, metavar="FILE", help="JSON of rates, or a run to fit them to")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="all numbers, all alternatives")
+    plan.add_argument("--timeline", type=Path, metavar="FILE", help="one step as .png, .svg or .html")
+    plan.set_defaults(verb=_plan)
 
     doctor = verbs.add_parser("doctor", help="what this machine or a partition has, its speed, what is missing")
     doctor.add_argument("--json", action="store_true", help="for scripts")

@@ -159,7 +159,7 @@ class Planner:
     def policy_problems(self) -> list[str]:
         """Those of the policy alone: rules of the configuration, layout, memory."""
         c, memory = self.config, int(self.hardware.rates.memory_gib * GIB)
-        broken = [r for r in RULES if (r.purposes is None or "train" in r.purposes) and r.broken(c)]
+        broken = [rule for rule in RULES if rule.purposes is None and rule.broken(c)]
         found = [f"{', '.join(rule.reads)}: {rule.remedy}" for rule in broken]
         found += layout_problems(self.shape, c.policy.parallel)
         if found or self.hardware.is_cpu:
