@@ -20,6 +20,8 @@ from megatron_fapo.config.load import ConfigError, load_config
 from megatron_fapo.config.preflight import preflight
 from megatron_fapo.config.root import Purpose
 from megatron_fapo.errors import UserError
+from megatron_fapo.processes import ProcessDiedError
+from megatron_fapo.training.signals import EXIT_LOST
 from megatron_fapo.windtunnel.arms import CRITIC_STEPS, EXAMPLES, SEEDS, STEPS, choose
 
 EXIT_BAD_INPUT = 2
@@ -33,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"fapo: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except ProcessDiedError as error:  # of a verb that leaves nothing behind; training and evaluation report it
+        print(f"fapo: {error}", file=sys.stderr)
+        return EXIT_LOST if error.lost else 1
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

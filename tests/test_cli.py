@@ -13,6 +13,7 @@ import pytest
 from megatron_fapo import __version__, cli
 from megatron_fapo.config import Config
 from megatron_fapo.errors import UserError
+from megatron_fapo.processes import Process, ProcessDiedError
 from tests.config.test_preflight import write_model
 from tests.observe.synthetic import make_run
 
@@ -119,6 +120,14 @@ def test_an_error_for_the_user_from_inside_a_verb_exits_with_2(run_file, monkeyp
     behind(monkeypatch, "megatron_fapo.training.loop", "train_command", UserError("row 3 of x.jsonl has no prompt"))
     assert cli.main(["train", "-c", str(run_file)]) == 2
     assert capsys.readouterr().err == "fapo: row 3 of x.jsonl has no prompt\n"
+
+
+@pytest.mark.parametrize(("lost", "code"), [(True, 76), (False, 1)])
+def test_a_process_that_is_gone_is_one_message(run_file, monkeypatch, capsys, lost, code):
+    gone = ProcessDiedError(Process("genrm", 2), "it has ended", lost=lost)
+    behind(monkeypatch, "megatron_fapo.training.evaluation", "evaluate_command", gone)
+    assert cli.main(["evaluate", "-c", str(run_file)]) == code
+    assert "genrm-2 on node" in capsys.readouterr().err
 
 
 def test_any_other_error_is_a_failure_with_its_traceback(run_file, monkeypatch):
