@@ -185,7 +185,8 @@ def parse_gpus(xml: str) -> dict[str, Any]:
     """Reads `nvidia-smi -q -x`, of which drivers know different fields; a --query-gpu with an unknown one fails."""
     log = ElementTree.fromstring(xml)
     cards = [_card(index, card) for index, card in enumerate(log.findall("gpu"))]
-    return {"driver": log.findtext("driver_version"), "cuda": log.findtext("cuda_version"), "cards": cards}
+    cuda = re.match(r"\d+\.\d+", log.findtext("cuda_version") or "")
+    return {"driver": log.findtext("driver_version"), "cuda": cuda and cuda[0], "cards": cards}
 
 
 def _card(index: int, card: ElementTree.Element) -> dict[str, Any]:

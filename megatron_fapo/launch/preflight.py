@@ -79,8 +79,9 @@ def judge(reports: Sequence[Report], expected_nodes: Sequence[str]) -> list[Prob
         Problem(node, "sent no report: it does not start processes, or does not share the run directory", EXCLUDE)
         for node in absent
     ]
-    problems += _canaries(reports)
-    problems += _clocks(reports)
+    if reports and reports[0]["process"] == 0:  # else nobody could see its canary, and it is named above
+        problems += _canaries(reports)
+        problems += _clocks(reports)
     gpus = reports[0]["gpus"] if reports else 0
     problems += _environment(reports, gpus)
     for report in reports:
@@ -98,26 +99,22 @@ def judge(reports: Sequence[Report], expected_nodes: Sequence[str]) -> list[Prob
 def _canaries(reports: Sequence[Report]) -> Iterator[Problem]:
     remedy = "put run_dir on a filesystem that all nodes mount, writable"
     blind = {report["node"]: report["canary"]["error"] for report in reports if "error" in report["canary"]}
-    root, others = reports[:1], reports[1:]
-    if root and (root[0]["node"] in blind or (len(others) > 1 and len(blind) == len(others))):
-        node = root[0]["node"]
+    node, others = reports[0]["node"], reports[1:]
+    if node in blind or (len(others) > 1 and len(blind) == len(others)):
         yield Problem(node, blind.get(node, "no other node sees what it writes to the run directory"), remedy)
         return
     for node, error in blind.items():
         yield Problem(node, error, remedy)
     for report in others:
-        if report["node"] not in blind and str(report["process"]) not in root[0]["canary"]["echoes"]:
+        if report["node"] not in blind and str(report["process"]) not in reports[0]["canary"]["echoes"]:
             yield Problem(report["node"], "process 0 does not see what it writes to the run directory", remedy)
 
 
 def _clocks(reports: Sequence[Report]) -> Iterator[Problem]:
     """Each echo was written after process 0's canary and seen by it later, which bounds the skew from both sides."""
-    if not reports or "error" in reports[0]["canary"]:
-        return
-    root = reports[0]["canary"]
-    skews = {}
+    root, skews = reports[0]["canary"], {}
     for report in reports[1:]:
-        echo = root["echoes"].get(str(report["process"]))
+        echo = root.get("echoes", {}).get(str(report["process"]))
         if echo is None:
             continue
         behind, ahead = root["wrote"] - echo["wrote"], echo["wrote"] - echo["seen"]
@@ -200,7 +197,9 @@ def _own_cards(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     if visible is None:
         return list(cards)
     names = [name for name in visible.split(",") if name]
-    return [card for card in cards if str(card["index"]) in names or any(card["uuid"].startswith(n) for n in names)]
+    return [
+        card for card in cards if str(card["index"]) in names or any((card["uuid"] or "").startswith(n) for n in names)
+    ]
 
 
 def _ills(card: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:

@@ -122,6 +122,10 @@ def test_drivers_before_535_name_the_reasons_otherwise():
     assert facts.parse_gpus(smi(text))["cards"][0]["slowed_by"] == ["gpu_idle"]
 
 
+def test_a_driver_that_does_not_tell_its_cuda():
+    assert facts.parse_gpus(smi(CARD.format(bus="01")).replace("13.0", "N/A"))["cuda"] is None
+
+
 def test_a_card_without_ecc_has_no_count():
     text = CARD.format(bus="01").replace(">0<", ">N/A<")
     assert facts.parse_gpus(smi(text))["cards"][0]["ecc_uncorrected"] is None

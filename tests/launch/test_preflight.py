@@ -143,6 +143,9 @@ NOTHING = {
     "a program's xid": put("facts", "xids", value=[{"xid": 31, "bus": "0000:06:00", "age_s": 1}]),
     "idle": card("slowed_by", ["gpu_idle"]),
     "no ecc": card("ecc_uncorrected", None),
+    "no uuid": card("uuid", None),
+    "no cuda": put("facts", "gpus", "cuda", value=None),
+    "all cards visible": put("facts", "machine", "environment", "CUDA_VISIBLE_DEVICES", value="0,GPU-02-6d19"),
     "no file limit": put("facts", "machine", "open_files", value=-1),
     "a faster link": put("facts", "infiniband", 1, "gbps", value=800.0),
 }
@@ -169,6 +172,14 @@ def test_nodes_that_never_reported():
     (problem,) = judge(reports, NODES)
     assert (problem.node, problem.stops) == ("node3", True)
     assert [problem.node for problem in judge([], NODES)] == NODES
+
+
+def test_a_process_0_that_never_reported_is_the_only_one_named():
+    reports = cluster()[1:]
+    for report in reports:
+        report["canary"] = {"error": "does not see what process 0 writes"}
+    (problem,) = judge(reports, NODES)
+    assert problem.node == "node1"
 
 
 def test_at_a_tie_the_side_of_process_0_is_usual():
