@@ -36,6 +36,7 @@ from megatron_fapo.genrm.pool import Effect, ServerPool, State
 from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages
 from megatron_fapo.genrm.transport import Answer, Failure, FailureKind, ask, list_models
 from megatron_fapo.genrm.verdict import Reason, Unscored, parse_verdict
+from megatron_fapo.observe.stall import WAITS, Wait
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class _Judgement:
     tried: set[str] = field(default_factory=set)
     failures: list[Failure] = field(default_factory=list)
     requests: int = 0
+    name: str = ""
+    wait: Wait | None = None
 
 
 @dataclass
@@ -145,16 +148,20 @@ class GenRMClient:
             await self.close()
             raise
 
-    async def judge(self, question: str, ground_truth: str, solution: str, vote: int = 0) -> Verdict | Unscored:
+    async def judge(
+        self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = ""
+    ) -> Verdict | Unscored:
         """The verdict of one right answer. Identical judgements within a step share one; failures are not kept.
 
-        Judgements that differ in `vote` alone are different ones, with seeds of their own.
+        Judgements that differ in `vote` alone are different ones, with seeds of their own. `name` is the sample's, for
+        whoever asks what the driver waits for.
         """
         again = (str(vote),) if vote else ()
         key = _content_key(self._config.prompt_form, question, ground_truth, solution, *again)
         shared = self._shared.get(key)
         if shared is None:
             judgement = self._prepare(key, question, ground_truth, solution)
+            judgement.name = name
             shared = self._shared[key] = _Shared(asyncio.create_task(self._judge(judgement), name="genrm judgement"))
         else:
             self._counters.add("shared")
@@ -303,6 +310,10 @@ class GenRMClient:
         )
 
     async def _judge(self, judgement: _Judgement) -> Verdict | Unscored:
+        with WAITS.on("genrm.verdict", "a GenRM server with room", judgement.name) as judgement.wait:
+            return await self._judged(judgement)
+
+    async def _judged(self, judgement: _Judgement) -> Verdict | Unscored:
         self._counters.add("called")
         server = await self._acquire(judgement, retry=False)
         started = _now()
@@ -385,6 +396,8 @@ class GenRMClient:
 
     async def _send(self, server: str, judgement: _Judgement, body: dict[str, Any]) -> Answer | Failure:
         judgement.requests += 1
+        if judgement.wait is not None:
+            judgement.wait.whom, judgement.wait.detail = server, f"{judgement.name}, attempt {judgement.requests}"
         self._counters.add("requests")
         if judgement.requests > 1:
             self._counters.add("retries")

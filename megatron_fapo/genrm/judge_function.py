@@ -11,6 +11,7 @@ import time
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.genrm.user_function import JUDGE_FUNCTION, describe_error, load_function
 from megatron_fapo.genrm.verdict import Reason, Unscored
+from megatron_fapo.observe.stall import WAITS
 
 
 class FunctionJudge:
@@ -23,14 +24,18 @@ class FunctionJudge:
     async def check(self) -> None:
         """There is no server to look for."""
 
-    async def judge(self, question: str, ground_truth: str, solution: str, vote: int = 0) -> Verdict | Unscored:
+    async def judge(
+        self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = ""
+    ) -> Verdict | Unscored:
         """The function's verdict; `judge_function_error` when it raises or returns no integer from -1 up. The function
         is called anew for each `vote`, and is not told its number."""
         del vote
         began = time.monotonic()
         try:
             index = self._function(question=question, ground_truth=ground_truth, solution=solution)
-            index = await index if inspect.isawaitable(index) else index
+            if inspect.isawaitable(index):
+                with WAITS.on("genrm.verdict", self._path, name):
+                    index = await index
             if isinstance(index, bool) or not isinstance(index, int) or index < -1:
                 raise ValueError(f"the judge returned {index!r}: -1 or a 0-based paragraph is wanted")
         except Exception as error:

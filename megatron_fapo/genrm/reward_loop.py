@@ -23,6 +23,7 @@ from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.judge_function import FunctionJudge
 from megatron_fapo.genrm.verdict import Unscored, parse_verdict
 from megatron_fapo.genrm.verifier import Verifier
+from megatron_fapo.observe.stall import WAITS
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +168,9 @@ class RewardLoop:
         if rule.correct and judge and self._client is not None:
             with self._stage("genrm", sample, timings):
                 prompt = sample.prompt
-                outcome = await self._client.judge(prompt.question, prompt.ground_truth, sample.text)
+                outcome = await self._client.judge(
+                    prompt.question, prompt.ground_truth, sample.text, name=str(sample.key)
+                )
             if isinstance(outcome, Unscored):
                 return _unscored(outcome, rule.correct, rule.prediction, timings)
             verdict = outcome
@@ -208,7 +211,11 @@ class RewardLoop:
         pending, token, started = self._pending.setdefault(stage, {}), object(), time.monotonic()
         pending[token] = sample, started
         try:
-            yield
+            if stage == "genrm":  # the client says more: which server, how often
+                yield
+            else:
+                with WAITS.on(f"scoring.{stage}", "the verifier's workers", str(sample.key)):
+                    yield
         finally:
             del pending[token]
         timings[f"{stage}_s"] = time.monotonic() - started

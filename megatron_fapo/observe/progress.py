@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from megatron_fapo.observe.stall import WAITS
+
 _log = logging.getLogger(__name__)
 
 SHOWN = (
@@ -25,6 +27,9 @@ SHOWN = (
     ("step time", "phase_s/total", "{:.1f} s"),
 )
 """Label, metric and form of what a step line says; a metric that a step lacks is left out."""
+
+SHOWN_IDLE_S = 30.0
+"""So long nothing moves until the display says who is waited for."""
 
 
 class Progress:
@@ -87,4 +92,6 @@ class Progress:
             now.append(f"  samples {done}/{total} · scored {scored}")
             now.append(f" · unscored {unscored}", "yellow" if unscored else "")
             now.append(f" · {tokens / max(elapsed, 1e-3):,.0f} tokens/s")
+        if (idle_s := WAITS.idle_s()) >= SHOWN_IDLE_S:
+            now.append(f"\n  {idle_s:.0f} s without progress, waiting for {WAITS.lines()[0]}", "yellow")
         return Group(head, now, Text(self._line, "dim"))

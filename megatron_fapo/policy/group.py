@@ -17,6 +17,7 @@ from typing import Any
 from megatron_fapo.algorithm.loss import finish_token_sums
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import copy_model_files
 from megatron_fapo.policy.batch import TrainSample, split_over_data_ranks
 from megatron_fapo.policy.hf_weights import write_index
@@ -60,7 +61,7 @@ class PolicyGroup:
             raise PolicyDiedError(self._ranks[0], what, lost=False) from error
 
     async def _start(self, device: str, dtype: str) -> None:
-        ((address, port),) = await self._gather([self._actors[0].address.remote()], [0])
+        ((address, port),) = await self._gather("start", [self._actors[0].address.remote()], [0])
         options = {
             "several_nodes": self._several_nodes,
             "device": device,
@@ -73,7 +74,7 @@ class PolicyGroup:
             actor.join.remote(rank, self._config.policy, self._config.algorithm, options)
             for actor, rank in zip(self._actors, ranks, strict=True)
         ]
-        self._facts = await self._gather(calls)
+        self._facts = await self._gather("start", calls)
         self._ranks = [replace(rank, pid=facts["pid"]) for rank, facts in zip(self._ranks, self._facts, strict=True)]
 
     @property
@@ -90,10 +91,11 @@ class PolicyGroup:
         """Log-probabilities of the response tokens, one list per sample, in order."""
         parts = self._deal(samples)
         results = await self._gather(
+            "logprobs",
             [
                 actor.logprobs.remote(refs, reference)
                 for actor, refs in zip(self._actors, self._put(samples, parts), strict=True)
-            ]
+            ],
         )
         merged: list[list[float]] = [[] for _ in samples]
         for facts, result in zip(self._facts, results, strict=True):
@@ -106,7 +108,8 @@ class PolicyGroup:
         """One optimizer update on one global mini-batch; returns its metrics, `policy/...`."""
         parts = self._deal(samples)
         refs = self._put(samples, parts)
-        results = await self._gather([a.train.remote(r, loss) for a, r in zip(self._actors, refs, strict=True)])
+        calls = [a.train.remote(r, loss) for a, r in zip(self._actors, refs, strict=True)]
+        results = await self._gather("train", calls)
         sums: dict[str, float] = {}
         for facts, result in zip(self._facts, results, strict=True):
             if facts["reports"]:
@@ -129,18 +132,19 @@ class PolicyGroup:
 
     async def save(self, directory: Path) -> None:
         """Write weights, optimizer, schedule and random state; and what describes the model, beside them."""
-        await self._gather([actor.save.remote(str(directory)) for actor in self._actors])
+        await self._gather("save", [actor.save.remote(str(directory)) for actor in self._actors])
         self._copy_model_files(directory / "hf")
 
     async def load(self, directory: Path) -> None:
         """Restore what `save` wrote, whatever layout saved it."""
-        await self._gather([actor.load.remote(str(directory)) for actor in self._actors])
+        await self._gather("load", [actor.load.remote(str(directory)) for actor in self._actors])
 
     async def export(self, directory: Path) -> None:
         """Write an HF checkpoint that vLLM and transformers load."""
         self._copy_model_files(directory)
         replica = self.senders
-        names = await self._gather([self._actors[i].export.remote(str(directory)) for i in replica], replica)
+        calls = [self._actors[i].export.remote(str(directory)) for i in replica]
+        names = await self._gather("export", calls, replica)
         write_index(directory, [n for n in names if n])
 
     def _copy_model_files(self, directory: Path) -> None:
@@ -158,13 +162,13 @@ class PolicyGroup:
             self._actors[i].open_refit.remote(bucket_mb, row, verify)
             for i, row in zip(senders, transports, strict=True)
         ]
-        await self._gather(calls, senders)
+        await self._gather("open_refit", calls, senders)
         return [partial(self._next_bucket, i) for i in senders]
 
     async def _next_bucket(self, index: int) -> Any:
-        return (await self._gather([self._actors[index].next_bucket.remote()], [index]))[0]
+        return (await self._gather("next_bucket", [self._actors[index].next_bucket.remote()], [index]))[0]
 
-    async def _gather(self, calls: Sequence[Any], ranks: Sequence[int] | None = None) -> list[Any]:
+    async def _gather(self, what: str, calls: Sequence[Any], ranks: Sequence[int] | None = None) -> list[Any]:
         """All results in order; the first rank to fail ends the wait, since the others hang in its collectives.
 
         Args:
@@ -172,7 +176,11 @@ class PolicyGroup:
         """
         import ray.exceptions
 
-        tasks = [asyncio.ensure_future(call) for call in calls]
+        async def answer(rank: int, call: Any) -> Any:
+            with WAITS.on(f"policy.{what}", self._ranks[rank]):
+                return await call
+
+        tasks = [asyncio.ensure_future(answer(*each)) for each in zip(ranks or range(len(calls)), calls, strict=True)]
         try:
             return list(await asyncio.gather(*tasks))
         except ray.exceptions.RayError as error:

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_fapo.config.rollout import SamplingConfig
-from megatron_fapo.data.records import Prompt, Sample
+from megatron_fapo.data.records import Prompt, Sample, SampleKey
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.processes import HERE, Node, Process, how_lost, is_lost
 from megatron_fapo.rollout.engine import EngineDiedError, VLLMDiedError
 from megatron_fapo.rollout.sampling import assign
 from megatron_fapo.weight_sync.protocol import Bucket, Place, RefitError, StaleEngineError
 
+ABANDON_S = 30.0
+"""For an engine to give up a refit; one that hangs must not keep its error from being raised."""
 BucketSource = Callable[[], Awaitable[Bucket | None]]
 
 
@@ -67,7 +70,9 @@ class RolloutPool:
         return await asyncio.gather(*calls)
 
     async def _call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        return await self._translate(index, getattr(self._engines[index], method).remote(*args), timeout_s)
+        bucket = next((arg.entries[0].name for arg in args if isinstance(arg, Bucket) and arg.entries), "")
+        with WAITS.on(f"rollout.{method}", self._processes[index], bucket and f"bucket of {bucket} and on"):
+            return await self._translate(index, getattr(self._engines[index], method).remote(*args), timeout_s)
 
     async def _translate(self, index: int, reference: Awaitable[Any], timeout_s: float | None = None) -> Any:
         """Await what an engine answers; Ray's errors become ours."""
@@ -111,21 +116,26 @@ class RolloutPool:
         """
         finished: asyncio.Queue[Sample | Exception | None] = asyncio.Queue()
 
-        async def pump(index: int, stream: Any) -> None:
+        async def pump(index: int, stream: Any, keys: list[SampleKey]) -> None:
             try:
-                async for reference in stream:
-                    finished.put_nowait(await self._translate(index, reference))
+                with WAITS.on("rollout", self._processes[index], left=keys) as wait:
+                    async for reference in stream:
+                        sample = await self._translate(index, reference)
+                        wait.left.pop(sample.key, None)
+                        WAITS.progress()
+                        finished.put_nowait(sample)
                 finished.put_nowait(None)
             except Exception as error:
                 finished.put_nowait(error)
 
-        streams = []
+        streams, keys = [], []
         for index, positions in enumerate(assign(len(prompts), len(self._engines))):
             if positions:
                 method = self._engines[index].generate.options(num_returns="streaming")
                 chosen = ([prompts[i] for i in positions], [epochs[i] for i in positions])
                 streams.append((index, method.remote(*chosen, n=n, sampling=sampling, max_tokens=max_tokens)))
-        pumps = [asyncio.ensure_future(pump(index, stream)) for index, stream in streams]
+                keys.append([SampleKey(prompts[i].prompt_id, epochs[i], k) for i in positions for k in range(n)])
+        pumps = [asyncio.ensure_future(pump(*each, of_one)) for each, of_one in zip(streams, keys, strict=True)]
         try:
             for _ in pumps:
                 while (item := await finished.get()) is not None:
@@ -225,12 +235,13 @@ class RolloutPool:
             if isinstance(error, TimeoutError):
                 raise RefitError(f"the refit to version {version} took more than {timeout_s} s") from error
             raise _first(error) from None
-        slowest = {name: max(total[name] for total in totals) for name in totals[0]}
+        names = dict.fromkeys(name for total in totals for name in total)
+        slowest = {name: max(total.get(name, 0.0) for total in totals) for name in names}
         metrics = slowest | sent | {"total_s": time.monotonic() - began}
         return {f"weight_sync/{name}": value for name, value in metrics.items()}
 
     async def _abandon_refit(self) -> None:
-        calls = [self._call(i, "abort_refit") for i in range(len(self._engines))]
+        calls = [self._call(i, "abort_refit", timeout_s=ABANDON_S) for i in range(len(self._engines))]
         await asyncio.gather(*calls, return_exceptions=True)  # the refit's own error is the one to report
 
     async def pause(self) -> None:

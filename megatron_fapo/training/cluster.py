@@ -23,6 +23,7 @@ from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.reward_loop import RewardLoop
+from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
@@ -276,7 +277,10 @@ async def _start_genrm(
 
     async def start(process: Process, actor: Any) -> str:
         try:
-            return str(await actor.start.remote())
+            with WAITS.on("genrm.start", process):
+                url = str(await actor.start.remote())
+            WAITS.processes[url] = process
+            return url
         except Exception as error:
             if isinstance(cause := getattr(error, "cause", None), UserError):
                 raise cause from None

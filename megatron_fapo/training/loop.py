@@ -27,8 +27,8 @@ from megatron_fapo.observe.metrics import MetricsWriter
 from megatron_fapo.observe.progress import Progress
 from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import write_samples
+from megatron_fapo.observe.stall import WAITS, StallWatch
 from megatron_fapo.policy.batch import TrainSample, set_logprobs
-from megatron_fapo.policy.group import PolicyDiedError
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.training.checkpoint import CheckpointError, Checkpoints, RunState, require_space
@@ -70,6 +70,7 @@ class Run:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """The step's line of metrics; phase times start anew."""
         metrics = metrics | self.phases | {"phase_s/total": sum(self.phases.values())}
+        metrics["observe/stalls"], WAITS.stalls = float(WAITS.stalls), 0
         self.phases = {}
         self.writer.write(step, metrics)
         if step:
@@ -280,19 +281,21 @@ async def _train(config: Config, resume: Resume | None) -> int:
         run = Run(config, cursor, state, progress, writer)
         try:
             async with contextlib.AsyncExitStack() as processes:
-                cluster = await stop.race(processes.enter_async_context(launch(config)))
+                watch = await processes.enter_async_context(StallWatch(config.observe, run_dir))
+                cluster = await watch.race(stop.race(processes.enter_async_context(launch(config))))
                 assert cluster.policy is not None
                 if checkpoint is not None:
-                    await cluster.policy.load(checkpoint.resolve() / "policy")
+                    await watch.race(cluster.policy.load(checkpoint.resolve() / "policy"))
                     log.info("resumed from %s", checkpoint)
                 try:
-                    await train(config, cluster, run, sets, stop)
+                    await watch.race(train(config, cluster, run, sets, stop))
                 except Exception as error:
                     # Whatever ended the run elsewhere, the steps that are finished are worth keeping.
-                    if run.between_steps and not isinstance(error, CheckpointError | PolicyDiedError):
+                    lost_policy = isinstance(error, ProcessDiedError) and error.process.role == "policy"
+                    if run.between_steps and not lost_policy and not isinstance(error, CheckpointError):
                         try:
-                            await run.save(cluster)
-                        except PolicyDiedError as also:  # it went with a node; what ended the run is the news
+                            await watch.race(run.save(cluster))
+                        except ProcessDiedError as also:  # it went with a node; what ended the run is the news
                             log.error("step %d could not be saved: %s", run.state.step, also)
                     raise
         except StopRequestedError:
