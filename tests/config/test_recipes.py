@@ -141,7 +141,8 @@ NO_SERVERS = {
     "genrm.model_path": None,
     "genrm.servers": 0,
     "genrm.served_model": "FAPO-GenRM-4B",
-    "genrm.urls": ["http://genrm-0:8000/v1", "http://genrm-1:8000/v1"],
+    "genrm.urls": [],
+    "genrm.rendezvous": "runs/genrm_serve/rendezvous.json",
 }
 BASELINE = {"reward.flawed_penalty": 0.0}
 GENRM = {
@@ -319,7 +320,25 @@ def test_fapo_differs_from_its_baseline_in_the_reward_alone(size, capsys):
 def test_a_remote_judge_changes_where_the_servers_are_and_nothing_else(size):
     own, remote = (dict(leaves(load(f"fapo_{size}{suffix}"))) for suffix in ("", "_remote"))
     changed = {".".join(key) for key in own.keys() | remote.keys() if own.get(key) != remote.get(key)}
-    assert changed == {"cluster.genrm_nodes", "genrm.urls", "genrm.servers", "genrm.model_path", "genrm.served_model"}
+    where = {"rendezvous", "servers", "model_path", "served_model"}
+    assert changed == {"cluster.genrm_nodes", *(f"genrm.{name}" for name in where)}
+
+
+def test_the_judge_service_serves_what_the_remote_runs_ask_for(elsewhere):
+    """The same servers as the runs' own, in a context that is long enough for both sizes, filling two nodes."""
+    service = load_config([EXAMPLES / "genrm_serve.yaml"], ["device=cpu"], "serve").config
+    asked = [load(f"fapo_{size}") for size in ("7b", "32b")]
+    for field in ("model_path", "servers", "tensor_parallel", "gpu_memory_utilization"):
+        assert {getattr(config.genrm, field) for config in (service, *asked)} == {getattr(service.genrm, field)}
+    assert service.genrm.max_model_len == max(config.genrm.max_model_len or 0 for config in asked)
+    assert service.genrm.served_model == load("fapo_32b_remote").genrm.served_model
+    nodes = [Node(f"{i}", f"{i}", i, 8, frozenset(["train"])) for i in range(service.cluster.nodes)]
+    plan = place(service, nodes, "gpu", policy=False, rollout=False, genrm=True)
+    assert [plan.servers.count(node) for node in nodes] == [8, 8]
+    (missing,) = preflight(service, "serve")
+    assert "genrm.model_path" in missing
+    install(elsewhere, asked[0])
+    assert preflight(service, "serve") == []
 
 
 def test_math_7b_needs_its_positions_raised(elsewhere):

@@ -39,7 +39,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         "run_dir: runs/a",
         "[]",
         "{}",
-        json.dumps(json.loads(json.dumps(SERVICE.__dict__)) | {"urls": "http://a"}),
+        json.dumps(SERVICE.__dict__ | {"urls": "http://a"}),
         json.dumps(SERVICE.__dict__)[:-9],
         json.dumps(SERVICE.__dict__ | {"heartbeat": "now"}),
     ],
@@ -158,7 +158,7 @@ def test_requests_that_hang_at_the_old_address_are_asked_again_at_the_new_one(tm
 
 
 def test_a_service_that_stays_away_costs_the_deadline_and_no_more(tmp_path, monkeypatch) -> None:
-    async def test(client: GenRMClient, first: FakeServer, second: FakeServer, path: Path) -> None:
+    async def test(client: GenRMClient, _first: FakeServer, _second: FakeServer, path: Path) -> None:
         path.unlink()
         await asyncio.sleep(0.2)
         began = time.monotonic()
@@ -223,7 +223,7 @@ def test_a_run_waits_for_the_service_and_says_for_what(tmp_path, monkeypatch, ca
 
 
 def test_a_server_that_refuses_our_requests_still_uses_up_attempts(tmp_path, monkeypatch) -> None:
-    async def test(client: GenRMClient, first: FakeServer, second: FakeServer, path: Path) -> None:
+    async def test(client: GenRMClient, first: FakeServer, _second: FakeServer, _path: Path) -> None:
         assert isinstance(await judge(client, 0), Unscored)
         assert len(first.bodies) == 2
 

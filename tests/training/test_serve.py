@@ -1,0 +1,167 @@
+"""`fapo genrm serve`: two runs judge through one real service that loses its server and gets it back; and who keeps the
+file, with servers that are played."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_fapo.config import Config
+from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.data.records import Verdict
+from megatron_fapo.data.solutions import write_solution
+from megatron_fapo.data.testbed import Problem, make_problem
+from megatron_fapo.errors import UserError
+from megatron_fapo.genrm import rendezvous
+from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.processes import Process
+from megatron_fapo.training import serve
+from tests.training.runs import FapoProcess
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PATIENT = {"start_timeout_s": 280.0, "deadline_s": 280.0, "request_timeout_s": 120.0, "max_attempts": 2}
+
+
+def sound(problem: Problem) -> str:
+    return write_solution(problem, "sound", random.Random(0)).text
+
+
+async def judge_all(clients: list[GenRMClient], first: int, kill: int | None = None) -> None:
+    """Each client asks for verdicts of its own, all at once; every one must come back."""
+    problems = [make_problem(1, index) for index in range(first, first + 6 * len(clients))]
+    asking = [
+        asyncio.create_task(clients[i % len(clients)].judge(p.question, p.answer, sound(p)))
+        for i, p in enumerate(problems)
+    ]
+    await asyncio.sleep(0.05)
+    if kill is not None:
+        os.kill(kill, signal.SIGKILL)
+    outcomes = await asyncio.gather(*asking)
+    assert [outcome for outcome in outcomes if not isinstance(outcome, Verdict)] == []
+
+
+@pytest.mark.timeout(600)
+def test_two_runs_share_a_service_whose_server_is_killed(tmp_path) -> None:
+    path, run_dir = tmp_path / "shared" / "judges.json", tmp_path / "service"
+    overrides = (f"genrm.model_path={EXAMPLES / 'models' / 'genrm'}", f"run_dir={run_dir}")
+    command = ("genrm", "serve", "-c", str(EXAMPLES / "tiny_cpu.yaml"), "--rendezvous", str(path))
+    service = FapoProcess(tmp_path / "service.txt", *command, *overrides)
+
+    async def two_runs() -> None:
+        config = GenRMConfig(
+            servers=0, rendezvous=str(path), temperature=0.0, max_tokens=256, **PATIENT
+        )  # as their configurations would say
+        clients = [GenRMClient([], config) for _ in range(2)]
+        await asyncio.gather(*(client.check() for client in clients))
+        try:
+            met = rendezvous.read(path)
+            assert met is not None
+            assert (met.pid, met.served_model) == (service.process.pid, "genrm")
+            await judge_all(clients, 0)
+            (server,) = service.pids("genrm.server_process")
+            await judge_all(clients, 100, kill=server)
+            again = rendezvous.read(path)
+            assert again is not None
+            assert again.started == met.started
+            assert again.heartbeat > met.heartbeat
+            assert again.urls != met.urls
+        finally:
+            for client in clients:
+                await client.close()
+
+    try:
+        asyncio.run(two_runs())
+        assert "genrm-0 on node" in service.output()
+        assert "has ended and is started again" in service.output()
+        service.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not path.exists()
+        assert service.pids("genrm.server_process"), "the file goes first"
+        assert service.wait(60) == 75
+        assert service.wait_until_gone() == []
+        assert not path.exists()
+    except BaseException:
+        print(service.output()[-4000:])
+        raise
+    finally:
+        service.kill_all()
+
+
+class PlayedServer:
+    """An actor whose life is written down: alive so many looks, then a new address, or no other life."""
+
+    def __init__(self, *looks: int) -> None:
+        self.looks, self.lives = list(looks), 0
+        self.alive, self.stop, self.start = (
+            SimpleNamespace(remote=call) for call in (self._alive, self._stop, self._start)
+        )
+
+    async def _alive(self) -> bool:
+        self.looks[0] -= 1
+        return self.looks[0] >= 0
+
+    async def _stop(self) -> None:
+        self.looks.pop(0)
+
+    async def _start(self) -> str:
+        from ray.exceptions import RayActorError
+
+        if not self.looks:
+            raise RayActorError
+        self.lives += 1
+        return f"life-{self.lives}"
+
+
+def test_the_file_names_the_servers_that_are_up_until_the_last_is_lost(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(serve, "CHECK_S", 0.01)
+    monkeypatch.setattr(serve, "how_lost", lambda _: "its node is gone")
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_S", 0.02)
+    path, seen = tmp_path / "judges.json", []
+    monkeypatch.setattr(rendezvous, "write", lambda _, service: seen.append(service))
+    servers = [PlayedServer(20, 40), PlayedServer(10**6)]
+    servers[1].looks = [60]
+    cluster = SimpleNamespace(
+        genrm_servers=servers,
+        genrm_processes=[Process("genrm", 0), Process("genrm", 1)],
+        genrm_urls=["life-0", "other"],
+    )
+    died = asyncio.run(serve._announce(Config(), path, cluster))
+    assert died.lost
+    assert "its node is gone" in str(died)
+    assert seen[0].urls == ["life-0", "other"]
+    assert ["life-1", "other"] in [service.urls for service in seen], "back in its place"
+    assert len({service.started for service in seen}) == 1
+    assert sorted(service.heartbeat for service in seen) == [service.heartbeat for service in seen]
+
+
+@pytest.mark.parametrize("renewed", [True, False], ids=["runs", "left behind"])
+def test_a_file_that_another_service_renews_is_not_taken(tmp_path, monkeypatch, renewed) -> None:
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_S", 0.05)
+    path = tmp_path / "judges.json"
+
+    def write() -> None:
+        now = time.time()
+        rendezvous.write(path, rendezvous.Service([], "genrm", "m", now, now, "node7", 5))
+
+    async def main() -> None:
+        write()
+        starting = asyncio.create_task(serve._refuse_company(path))
+        await asyncio.sleep(0.05)
+        if renewed:
+            write()
+        await starting
+
+    if renewed:
+        with pytest.raises(UserError, match=r"belongs to the judge service on node7 \(pid 5\), which runs"):
+            asyncio.run(main())
+    else:
+        asyncio.run(main())
