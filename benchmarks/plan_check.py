@@ -30,13 +30,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.run_table import machine
 from megatron_fapo.config.algorithm import AlgorithmConfig
-from megatron_fapo.config.policy import OptimizerConfig, PolicyConfig
+from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
 from megatron_fapo.plan import memory
+from megatron_fapo.plan.work import train_flops
 from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.model import use_transformer_engine
 from megatron_fapo.policy.worker import PolicyWorker, Rank
 
 PROMPT = 64
+ONE_RANK = ParallelConfig()
 TINY = {"architecture": "Qwen3", "layers": 4, "hidden": 128, "ffn": 256, "heads": 4, "kv": 2, "dim": 32, "vocab": 515}
 TINY |= {"tied": True}
 GPU_MODELS: dict[str, dict[str, Any]] = {
@@ -85,10 +87,13 @@ def random_weights(module: Any, *_: Any) -> None:
         torch.nn.init.normal_(parameter.data, 0.0, 0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter.data)
 
 
-def make_worker(cfg: PolicyConfig, device: str) -> PolicyWorker:
+def alone() -> Rank:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        rank = Rank(0, 1, "127.0.0.1", int(free.getsockname()[1]))
+        return Rank(0, 1, "127.0.0.1", int(free.getsockname()[1]))
+
+
+def make_worker(rank: Rank, cfg: PolicyConfig, device: str) -> PolicyWorker:
     dtype = "bfloat16" if device == "gpu" else "float32"
     with mock.patch("megatron_fapo.policy.hf_weights.load_hf", random_weights):
         return PolicyWorker(rank, cfg, AlgorithmConfig(), device=device, dtype=dtype, seed=1)
@@ -141,16 +146,20 @@ def state_bytes(worker: PolicyWorker) -> dict[str, int]:
     }
 
 
-def check(name: str, model: dict[str, Any], case: tuple[str, int, int], device: str, path: Path) -> dict[str, Any]:
-    """One model in one setting: predicted and real bytes, seconds and MFU of an update."""
+def check(
+    rank: Rank, name: str, model: dict[str, Any], case: tuple[str, int, int], device: str, path: Path,
+    parallel: ParallelConfig = ONE_RANK,
+) -> dict[str, Any]:  # fmt: skip
+    """One model in one setting: predicted and real bytes of this rank, seconds and MFU of an update."""
     recompute, tokens, length = case
     cfg = PolicyConfig(
-        model_path=str(write_config(path / name.split()[0], model)), recompute=recompute, micro_batch_tokens=tokens,
-        logprob_micro_batch_tokens=tokens, optimizer=OptimizerConfig(lr=1e-6, warmup_steps=0),
+        model_path=str(write_config(path / name.replace(" ", "-"), model)), recompute=recompute, parallel=parallel,
+        micro_batch_tokens=tokens, logprob_micro_batch_tokens=tokens, optimizer=OptimizerConfig(warmup_steps=0),
     )  # fmt: skip
     peak = gpu_peak if device == "gpu" else cpu_peak
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    worker = make_worker(cfg, device)
+    worker = make_worker(rank, cfg, device)
+    stage = worker.state.get_pipeline_model_parallel_rank()
     element, fused = (2, use_transformer_engine()) if device == "gpu" else (4, False)
     batch = memory.MicroBatch(length, tokens // length)
     inputs = samples(4 * batch.count, length)
@@ -161,12 +170,12 @@ def check(name: str, model: dict[str, Any], case: tuple[str, int, int], device: 
     logprob_bytes, logprob_s = peak(lambda: worker.logprobs(inputs))
     train_bytes, train_s = peak(lambda: worker.gradients(inputs))
     step_bytes, step_s = (train_bytes, train_s) if device == "cpu" else peak(lambda: worker.train(inputs))
-    predicted_state = memory.rank_state(worker.shape, cfg.parallel, 0, element)
-    working = memory.train_working(worker.shape, cfg, 0, batch, responses, 4, element, fused)
-    scoring = memory.logprob_working(worker.shape, cfg, 0, batch, responses, 4, element, fused)
+    predicted_state = memory.rank_state(worker.shape, cfg.parallel, stage, element)
+    working = memory.train_working(worker.shape, cfg, stage, batch, responses, 4, element, fused)
+    scoring = memory.logprob_working(worker.shape, cfg, stage, batch, responses, 4, element, fused)
     inputs_bytes = memory.BATCH_BYTES * 4 * batch.tokens
     base = sum(predicted_state.values())
-    flops = model_flops(worker.shape, 4 * batch.count, length)
+    flops = train_flops(worker.shape, [length] * 4 * batch.count)
     result: dict[str, Any] = {
         "model": name, "parameters": worker.shape.parameters, "recompute": recompute, "micro_batch_tokens": tokens,
         "sample_tokens": length, "element": element, "fused": fused,
@@ -203,13 +212,6 @@ def release(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def model_flops(shape: Any, count: int, length: int) -> float:
-    """Of forward and backward, causal attention counted as half, recomputation not counted."""
-    q = shape.heads * shape.head_dim
-    dense = shape.parameters - (0 if shape.tied else shape.vocab * shape.hidden)
-    return count * length * 3.0 * (2 * dense + 2 * shape.layers * length * q)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "gpu"), default="gpu" if torch.cuda.is_available() else "cpu")
@@ -222,7 +224,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as path:
         for name, model in models.items():
             for case in cases[name]:
-                row = check(name, model, case, args.device, Path(path))
+                row = check(alone(), name, model, case, args.device, Path(path))
                 release(args.device)
                 rows.append(row)
                 state = sum(row["state"]["predicted"].values()) / sum(row["state"]["real"].values()) - 1

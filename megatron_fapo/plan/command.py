@@ -16,6 +16,7 @@ from megatron_fapo.plan.layouts import PHASES, SEED, Planner, Step, alternatives
 from megatron_fapo.plan.lengths import find_lengths
 from megatron_fapo.plan.shapes import find_shape
 from megatron_fapo.policy.hf_config import layout_problems
+from megatron_fapo.training.placement import Placement
 
 _SHOWN = 8
 """Alternatives in the text; the JSON has all."""
@@ -62,11 +63,13 @@ def plan_command(
     ]
     lines += [f"  {line}" for line in _memory_lines(planner)] if not _broken(planner) else []
     lines += [f"  DOES NOT RUN: {problem}" for problem in problems]
-    steps = [] if _broken(planner) else [planner.step(planner.drawn(SEED + i)) for i in range(_STEPS)]
+    placed = not _broken(planner) and isinstance(planner.placement, Placement)
+    steps = [planner.step(planner.drawn(SEED + i)) for i in range(_STEPS)] if placed else []
     lines += [f"  {line}" for line in _step_lines(planner, steps)] if steps else []
-    ranking = [] if hardware.is_cpu else alternatives(planner)
+    divisible = not hardware.is_cpu and hardware.gpus >= len(planner.gpus)
+    ranking = alternatives(planner) if divisible else []
     lines += ["", *_ranking_lines(ranking)] if ranking else []
-    if not hardware.is_cpu and not ranking:
+    if divisible and not ranking:
         lines += ["", f"No layout of this model and these roles fits {hardware}."]
     lines += ["", *_assumption_lines(planner)]
     print("\n".join(lines))

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.config.root import RULES, Config
+from megatron_fapo.errors import UserError
 from megatron_fapo.plan.hardware import GIB, Hardware
 from megatron_fapo.plan.lengths import Lengths, Record
 from megatron_fapo.plan.memory import (
@@ -24,6 +25,8 @@ from megatron_fapo.plan.memory import (
 from megatron_fapo.plan.simulate import Rollout, SimSample, Speed, Stage, simulate
 from megatron_fapo.plan.work import PolicyTimes, PolicyWork, head_flops, layer_flops
 from megatron_fapo.policy.hf_config import ModelShape, layout_problems
+from megatron_fapo.processes import Node
+from megatron_fapo.training.placement import ROLES, Placement, place
 
 PHASES = ("rollout", "score_tail", "logprobs", "train", "refit")
 """Of a step, in order, as the loop names them."""
@@ -84,14 +87,30 @@ class Planner:
         roles = {"train": c.policy.parallel.world_size, "rollout": c.rollout.replicas * c.rollout.tensor_parallel}
         return roles | ({"genrm": c.genrm.servers * c.genrm.tensor_parallel} if self.judges else {})
 
+    @cached_property
+    def placement(self) -> Placement | UserError:
+        """The node of every process, by the code that places a run's; or why there is none."""
+        c, hardware = self.config.cluster, self.hardware
+        counts = zip(ROLES, (c.train_nodes, c.rollout_nodes, c.genrm_nodes), strict=True)
+        roles = [frozenset({role}) for role, count in counts for _ in range(count)] or [frozenset()] * hardware.nodes
+        if len(roles) > hardware.nodes:
+            return UserError(f"`cluster` has {len(roles)} nodes, and {hardware} has {hardware.nodes}")
+        gpus = 0 if hardware.is_cpu else hardware.gpus_per_node
+        nodes = [Node(str(i), str(i), i, gpus, role) for i, role in enumerate(roles)]
+        device = "cpu" if hardware.is_cpu else "gpu"
+        try:
+            return place(self.config, nodes, device, policy=True, rollout=True, genrm=self.judges)
+        except UserError as error:
+            return error
+
     @property
-    def engine_nodes(self) -> int:
-        """Nodes that engines are on beside the policy's first: each takes one copy of the weights over the network."""
-        per_node, train = self.hardware.gpus_per_node, self.gpus["train"]
-        if self.config.cluster.rollout_nodes > 0:
-            return -(-self.gpus["rollout"] // per_node)
-        last = train + self.gpus["rollout"] - 1
-        return 0 if self.config.gpu_share < 1 else max(0, last // per_node - train // per_node + (train >= per_node))
+    def engine_nodes(self) -> float:
+        """Copies of the weights that cross the network: one to each node with engines that is not the sender's own.
+        Each pipeline stage sends its part."""
+        assert isinstance(self.placement, Placement)
+        p, there = self.config.policy.parallel, {node.id for node in self.placement.engines}
+        senders = [self.placement.policy[stage * p.tensor * p.data].id for stage in range(p.pipeline)]
+        return sum(len(there - {sender}) for sender in senders) / p.pipeline
 
     @cached_property
     def policy(self) -> PolicyMemory:
@@ -137,24 +156,16 @@ class Planner:
 
     def problems(self) -> list[str]:
         """Why this cannot run on the cluster; empty when it can."""
-        c, hardware = self.config, self.hardware
         found = self.policy_problems()
         for role, shape, tensor in (
-            ("rollout", self.shape, c.rollout.tensor_parallel),
-            ("genrm", self.judge_shape, c.genrm.tensor_parallel),
+            ("rollout", self.shape, self.config.rollout.tensor_parallel),
+            ("genrm", self.judge_shape, self.config.genrm.tensor_parallel),
         ):
             if shape is not None and shape.heads % tensor:
                 found.append(f"{shape.heads} attention heads do not divide by {role}.tensor_parallel={tensor}")
-        if found or hardware.is_cpu:  # processes share a CPU, so nothing is counted there
-            return found
-        asked = sum(self.gpus.values()) * c.gpu_share
-        if asked > hardware.gpus:
-            found.append(f"{asked:g} GPUs are asked for and {hardware} has {hardware.gpus}")
-        for role, gpus in self.gpus.items():
-            nodes = getattr(c.cluster, f"{role}_nodes")
-            if nodes and gpus > nodes * hardware.gpus_per_node:
-                found.append(f"{role} takes {gpus} GPUs; cluster.{role}_nodes={nodes} of {hardware.gpus_per_node}")
-        return found + self._vllm_problems()
+        if isinstance(self.placement, UserError):
+            found.append(str(self.placement))
+        return found + ([] if self.hardware.is_cpu else self._vllm_problems())
 
     def policy_problems(self) -> list[str]:
         """Those of the policy alone: rules of the configuration, layout, memory."""

@@ -186,7 +186,7 @@ def logprob_working(
     t, n = cfg.parallel.tensor, batch.tokens
     layer = layer_bytes(shape, cfg.parallel, batch, element, fused)
     q, kv, f = (x // t for x in (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn))
-    attention = 3 * layer.scores + element * n * (2 * shape.hidden + (2 * (q + 2 * kv) if fused else 3 * q))
+    attention = 2 * layer.scores + element * n * (3 * shape.hidden + (2 * (q + 2 * kv) if fused else 7 * q + 3 * kv))
     mlp = element * n * (2 * shape.hidden + (3 if fused else 5) * f)
     head = _head(shape, cfg, batch, responses, element, train=False) if stage == cfg.parallel.pipeline - 1 else 0
     hidden = 3 * n * shape.hidden * element  # the embeddings, the last layer's output, the norm's

@@ -98,7 +98,7 @@ class PolicyWork:
         touched = (8 * self.elements + 32 * self.elements / d) / (self.rates.memory_gbs * 1e9)
         return exchanged + touched + self.rates.update_s
 
-    def refit_s(self, other_nodes: int) -> float:
+    def refit_s(self, other_nodes: float) -> float:
         """New weights to the engines: through shared memory on a node, and one copy to each other node."""
         size = self.shape.parameters * self.element
         return (
