@@ -138,16 +138,16 @@ def _launch(args: argparse.Namespace) -> int:
     # NeMo-Run reads it when it is imported. All nodes write there, and the directory of the runs is on all nodes.
     home = Path(tasks[0].config.run_dir).resolve().parent / ".nemo_run"
     os.environ.setdefault("NEMORUN_HOME", str(home))
-    from megatron_fapo.launch.nemo import SlurmOptions, run_local, run_slurm
+    from megatron_fapo.launch.nemo import run_local, run_slurm
 
     title = "fapo" if args.experiment is None else args.experiment.stem
     environment = dict(word.split("=", 1) for word in args.env)
     if args.executor == "local":
         return run_local(title, tasks, environment, dry_run=args.dry_run)
     sbatch = {key: value if equals else True for key, equals, value in (word.partition("=") for word in args.sbatch)}
-    asked = {name: getattr(args, name) for name in ("partition", "account", "time", "dependency")}
-    options = SlurmOptions(args.nodes, args.container, args.mounts, sbatch, asked)
-    return run_slurm(title, tasks, environment, options, detach=args.detach, dry_run=args.dry_run)
+    named = ("partition", "account", "time", "dependency", "container", "mounts")
+    options = {"sbatch": sbatch, **{name: getattr(args, name) for name in named}}
+    return run_slurm(title, tasks, environment, args.nodes, options, detach=args.detach, dry_run=args.dry_run)
 
 
 def _data_prepare(args: argparse.Namespace) -> int:

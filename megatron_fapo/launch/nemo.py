@@ -13,6 +13,7 @@ This is the only module that imports nemo_run, which takes seconds.
 
 # NeMo-Run's command line reads annotations: as text it cannot resolve them, and it knows Optional but not `| None`.
 # ruff: noqa: UP045
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
@@ -36,11 +37,12 @@ from nemo_run.core.execution.slurm import SlurmJobDetails
 from megatron_fapo.config.show import show
 from megatron_fapo.errors import UserError
 from megatron_fapo.launch.experiment import Task, TaskSpec, Verb, check_tasks, refuse_rewritten_paths, script, task_spec
+from megatron_fapo.launch.life import EXIT_INTERRUPTED, EXIT_SAVED
 
-WARNING_S = 600
+WARNING_S = 900
 """Between SIGUSR1 and the time limit: for the step under way and a checkpoint."""
 _POLL_S = 5.0
-_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY", "BOOT")
+_ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT")
 
 # Slurm warns the batch shell alone, and bash answers a signal only when no command is in its foreground. So NeMo-Run's
 # srun waits in the background, and the signal goes to one process, by its id: sent to the step it would also reach what
@@ -84,11 +86,6 @@ def _script(task: Task | TaskSpec, environment: Mapping[str, str], python: str =
     text = script(task, environment=environment, directory=Path.cwd(), python=python)
     refuse_rewritten_paths([*text.splitlines(), get_nemorun_home()])
     return run.Script(inline=text)
-
-
-def local_executor() -> run.LocalExecutor:
-    """This machine."""
-    return run.LocalExecutor()
 
 
 def slurm_executor(
@@ -168,18 +165,6 @@ def train(ctx: run.cli.RunContext, config: str, overrides: str = "", verb: str =
         ctx.launch(experiment)
 
 
-@dataclass(frozen=True)
-class SlurmOptions:
-    """What a person asks of Slurm."""
-
-    nodes: int | None = None
-    container: str | None = None
-    mounts: str = ""
-    sbatch: dict[str, Any] = field(default_factory=dict)
-    other: dict[str, str | None] = field(default_factory=dict)
-    """partition, account, time, dependency."""
-
-
 def run_local(title: str, tasks: Sequence[Task], environment: Mapping[str, str], *, dry_run: bool) -> int:
     """The tasks one after another on this machine, with their output; stops at the first that fails and returns its
     exit code. Signals are the tasks' to answer, by saving."""
@@ -189,9 +174,11 @@ def run_local(title: str, tasks: Sequence[Task], environment: Mapping[str, str],
         return 0
     with tempfile.TemporaryDirectory() as directory:
         pid_file = Path(directory) / "pid"
+        asked = []
 
         def pass_on(number: int, _: object) -> None:
-            if pid_file.exists():
+            asked.append(number)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # between two tasks
                 os.kill(int(pid_file.read_text()), number)
 
         signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -205,6 +192,8 @@ def run_local(title: str, tasks: Sequence[Task], environment: Mapping[str, str],
                     experiment.run(tail_logs=True)
                 if code := _local_exit_code(Path(experiment.jobs[0].executor.job_dir)):
                     return code
+                if asked and task is not tasks[-1]:
+                    return EXIT_INTERRUPTED if asked[0] == signal.SIGINT else EXIT_SAVED
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -223,26 +212,25 @@ def run_slurm(
     title: str,
     tasks: Sequence[Task],
     environment: Mapping[str, str],
-    options: SlurmOptions,
+    nodes: int | None,
+    options: Mapping[str, Any],
     *,
     detach: bool,
     dry_run: bool,
 ) -> int:
-    """Submit one job per task, each after those that it builds on; print (dry_run), follow or leave (detach) them."""
+    """Submit one job per task, each after those that it builds on; print (dry_run), follow or leave (detach) them.
+
+    `nodes` and `options` (arguments of `slurm_executor`) are what a person asked for.
+    """
     with run.Experiment(title, skip_status_at_exit=True, enable_goodbye_message=False) as experiment:
         for task in tasks:
-            executor = slurm_executor(
-                nodes=task.nodes(options.nodes),
-                gpus_per_node=task.gpus_per_node,
-                container=options.container,
-                mounts=options.mounts,
-                sbatch=options.sbatch,
-                **(options.other | ({"dependency": None} if task.spec.after else {})),
-            )
-            inside = options.container is not None and task.spec.verb == "convert"
+            own = dict(options) | ({"dependency": None} if task.spec.after else {})
+            executor = slurm_executor(nodes=task.nodes(nodes), gpus_per_node=task.gpus_per_node, **own)
+            inside = options["container"] is not None and task.spec.verb == "convert"
             if inside:  # A run's own processes are put into containers by launch.job; this one has no such nurse.
                 here = f"{Path.cwd()}:{Path.cwd()}"
-                executor.container_image, executor.container_mounts = options.container, [here, *_list(options.mounts)]
+                executor.container_image = options["container"]
+                executor.container_mounts = [here, *filter(None, options["mounts"].split(","))]
             text = _script(task, environment, "python3" if inside else sys.executable)
             experiment.add(text, executor=executor, name=task.spec.name, dependencies=list(task.spec.after))
         folder = Path(experiment.jobs[0].executor.experiment_dir)
@@ -250,8 +238,8 @@ def run_slurm(
             experiment.dryrun(log=False, delete_exp_dir=False)
             for task in tasks:
                 _print_task(task, (folder / task.spec.name / "scripts" / f"{task.spec.name}.sh").read_text())
-                after = "".join(f" --dependency=afterok:JOB-OF-{name}" for name in task.spec.after[:1])
-                after += "".join(f":JOB-OF-{name}" for name in task.spec.after[1:])
+                jobs = "".join(f":JOB-OF-{name}" for name in task.spec.after)
+                after = f" --dependency=afterok{jobs}" if jobs else ""
                 print(f"##### {task.spec.name}: sbatch --requeue --parsable{after}")
                 print((folder / f"{task.spec.name}_sbatch.sh").read_text())
             shutil.rmtree(folder)
@@ -263,10 +251,11 @@ def run_slurm(
             if submitted:
                 subprocess.run(["scancel", *submitted], check=False)
             raise UserError(f"{error.result.stderr.strip()}; nothing was submitted") from error
-    jobs = {job.id: job.handle.rsplit("/", 1)[-1] for job in experiment.jobs}
-    logs = {job: folder / name / f"log-fapo.{name}_{job}.out" for name, job in jobs.items()}
-    for name, job in jobs.items():
-        print(f"{name}: job {job}\n  follow: tail -F {logs[job]}\n  cancel: scancel {job}")
+    logs = {}
+    for each in experiment.jobs:
+        job = each.handle.rsplit("/", 1)[-1]
+        logs[job] = folder / each.id / f"log-fapo.{each.id}_{job}.out"
+        print(f"{each.id}: job {job}\n  follow: tail -F {logs[job]}\n  cancel: scancel {job}")
     print(f"  state:  NEMORUN_HOME={get_nemorun_home()} nemo experiment status {folder.name}", flush=True)
     return 0 if detach else _follow(logs)
 
@@ -277,44 +266,48 @@ def _print_task(task: Task, text: str) -> None:
     print(f"##### {task.spec.name}: script\n{text}")
 
 
-def _list(words: str) -> list[str]:
-    return [word for word in words.split(",") if word]
-
-
 def _follow(logs: Mapping[str, Path]) -> int:
     """Print what jobs write until all have ended; the first exit code that is not 0. Ctrl-C leaves them running.
 
-    Not by NeMo-Run: its follower asks the accounting ten times a second, and cannot tell a requeue from an end.
+    Not by NeMo-Run: its follower asks the accounting ten times a second, and takes a requeue for an end.
     """
-    read, code, states = dict.fromkeys(logs, 0), 0, dict.fromkeys(logs, "")
+    read, said, codes = dict.fromkeys(logs, 0), dict.fromkeys(logs, ""), dict[str, int]()
     try:
-        while any(not state.startswith(_ENDED) for state in states.values()):
-            for job in logs:
-                answer = subprocess.run(
-                    ["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False
-                )
-                found = re.search(r"JobState=(\S+) .*? ExitCode=(\d+):(\d+)", answer.stdout)
-                if found is None:  # a controller that is busy or restarting: the job goes on all the same
-                    print(f"job {job}: {answer.stderr.strip()}", file=sys.stderr)
-                elif found[1] != states[job]:
-                    states[job] = found[1]
-                    print(f"job {job}: {found[1]}", file=sys.stderr)
-                    if found[1].startswith(_ENDED):
-                        code = code or int(found[2]) or (128 + int(found[3]) if int(found[3]) else 0)
-                        code = code or (0 if found[1] == "COMPLETED" else 1)
+        while True:
+            for job in logs.keys() - codes.keys():
+                state, code = _state(job)
+                if state != said[job]:
+                    said[job] = state
+                    print(f"job {job}: {state}", file=sys.stderr)
+                if code is not None:
+                    codes[job] = code
             for job, log in logs.items():
                 if log.exists():
                     with log.open(errors="replace") as file:
                         file.seek(read[job])
-                        sys.stdout.write(file.read())
-                        sys.stdout.flush()
+                        print(file.read(), end="", flush=True)
                         read[job] = file.tell()
-            if any(not state.startswith(_ENDED) for state in states.values()):
-                time.sleep(_POLL_S)
+            if len(codes) == len(logs):
+                return next((codes[job] for job in logs if codes[job]), 0)
+            time.sleep(_POLL_S)
     except KeyboardInterrupt:
-        print(f"\nno longer following; still running: {', '.join(logs)} (end with scancel)", file=sys.stderr)
+        running = logs.keys() - codes.keys()
+        print(f"\nno longer following; not ended: {', '.join(running)} (scancel ends them)", file=sys.stderr)
         return 130
-    return code
+
+
+def _state(job: str) -> tuple[str, int | None]:
+    """What Slurm says of a job, and its exit code once it has ended."""
+    answer = subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True, check=False)
+    found = re.search(r"JobState=(\S+) Reason=(\S+) .*? ExitCode=(\d+):(\d+)", answer.stdout)
+    if found is None:
+        # Slurm forgets ended jobs after minutes; any other failure is a controller that is busy, and the job goes on.
+        return answer.stderr.strip(), 1 if "Invalid job id" in answer.stderr else None
+    state, reason, code, number = found.groups()
+    if not _ENDED.fullmatch(state):
+        return f"{state} ({reason})" if state == "PENDING" else state, None
+    killed = 128 + int(number) if int(number) else 0
+    return state, int(code) or killed or int(state != "COMPLETED")
 
 
 if __name__ == "__main__":

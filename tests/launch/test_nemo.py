@@ -101,7 +101,7 @@ def test_a_dry_run_shows_configuration_and_scripts_and_leaves_nothing(tmp_path: 
     one, two = out.split("##### two: script")
     flags = set(re.findall(r"^#SBATCH (\S+.*)", one, re.MULTILINE))
     assert {
-        "--nodes=4", "--gpus-per-node=8", "--exclusive", "--requeue", "--signal=B:USR1@600", "--open-mode=append",
+        "--nodes=4", "--gpus-per-node=8", "--exclusive", "--requeue", "--signal=B:USR1@900", "--open-mode=append",
         "--kill-on-invalid-dep=yes", "--partition=big", "--time=8:00:00", "--hold", "--qos='a b'",
         "--dependency=singleton", "--job-name=fapo.one",
     } <= flags  # fmt: skip
@@ -173,6 +173,6 @@ def test_the_entry_point_of_nemo_run(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONPATH": path, "NEMORUN_HOME": str(tmp_path / "home"), "COLUMNS": "200"},
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
-        for flag in ("--partition=big", "--nodes=2", "--signal=B:USR1@600"):
+        for flag in ("--partition=big", "--nodes=2", "--signal=B:USR1@900"):
             assert f"#SBATCH {flag}" in result.stdout, result.stdout
         assert result.stdout.count("Entering Experiment") == 1
