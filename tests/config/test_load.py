@@ -187,6 +187,9 @@ NO_GENRM = "genrm.enabled=false"
         ([NO_GENRM], "", set()),
         (["genrm.urls=['http://a/v1']", "genrm.servers=0"], "", set()),
         (["genrm.urls=['http://a/v1']"], "genrm.model_path", {"train", "evaluate"}),
+        (["genrm.rendezvous=judges.json", "genrm.servers=0"], "", set()),
+        (["genrm.rendezvous=judges.json"], "genrm.model_path", {"train", "evaluate"}),
+        (["genrm.rendezvous=judges.json", "genrm.model_path=x"], "", set()),
         (["reward.compute_score=a:b"], "", set()),
     ],
 )
@@ -197,6 +200,24 @@ def test_rules_of_one_use_do_not_trouble_another(overrides, fields, purposes):
             assert fields in problem
         else:
             load_config([], overrides, purpose)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "genrm.servers=0",
+        "genrm.model_path=null",
+        "genrm.urls=['http://a/v1']",
+        "genrm.rendezvous=judges.json",
+        "genrm.judge_function=a:b",
+        NO_GENRM,
+        "reward.task=critic",
+    ],
+)
+def test_a_judge_service_is_servers_of_a_model_and_nothing_else(override):
+    load_config([], ["genrm.model_path=x"], "serve")
+    (problem,) = problems([], ["genrm.model_path=x", override], "serve")
+    assert "a judge service starts genrm.servers > 0 servers of genrm.model_path" in problem
 
 
 @pytest.mark.parametrize(

@@ -150,3 +150,13 @@ def test_evaluation_needs_its_data_and_a_genrm_only_to_judge(good):
     judged = [*good, f"data.eval.a={good[1].removeprefix('data.train=[').removesuffix(']')}", "genrm.model_path=absent"]
     assert len(found(judged, "evaluate")) == 1
     assert found([*judged, "genrm.judge_eval=false"], "evaluate") == []
+
+
+def test_a_judge_service_needs_its_model_and_its_key_and_no_policy_and_no_data(tmp_path, monkeypatch):
+    write_model(tmp_path / "genrm")
+    overrides = [f"genrm.model_path={tmp_path / 'genrm'}", "device=cpu", "genrm.api_key_env=GENRM_TEST_KEY"]
+    monkeypatch.setenv("GENRM_TEST_KEY", "secret")
+    assert found(overrides, "serve") == []
+    monkeypatch.delenv("GENRM_TEST_KEY")
+    (tmp_path / "genrm" / "model.safetensors").unlink()
+    assert len(found(overrides, "serve")) == 2

@@ -20,13 +20,14 @@ from megatron_fapo.data.solutions import write_solution
 from megatron_fapo.data.testbed import Problem, make_problem
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm import rendezvous
-from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.genrm.client import GenRMClient, GenRMUnavailable
 from megatron_fapo.processes import Process
 from megatron_fapo.training import serve
 from tests.training.runs import FapoProcess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-PATIENT = {"start_timeout_s": 280.0, "deadline_s": 280.0, "request_timeout_s": 120.0, "max_attempts": 2}
+KEY = "FAPO_TEST_JUDGE_KEY"
+PATIENT = {"start_timeout_s": 580.0, "deadline_s": 580.0, "request_timeout_s": 120.0, "max_attempts": 2}
 
 
 def sound(problem: Problem) -> str:
@@ -47,23 +48,26 @@ async def judge_all(clients: list[GenRMClient], first: int, kill: int | None = N
     assert [outcome for outcome in outcomes if not isinstance(outcome, Verdict)] == []
 
 
-@pytest.mark.timeout(600)
-def test_two_runs_share_a_service_whose_server_is_killed(tmp_path) -> None:
+@pytest.mark.timeout(1200)
+def test_two_runs_share_a_service_whose_server_is_killed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(KEY, "a secret of the service and its runs")
     path, run_dir = tmp_path / "shared" / "judges.json", tmp_path / "service"
-    overrides = (f"genrm.model_path={EXAMPLES / 'models' / 'genrm'}", f"run_dir={run_dir}")
+    overrides = (f"genrm.model_path={EXAMPLES / 'models' / 'genrm'}", f"run_dir={run_dir}", f"genrm.api_key_env={KEY}")
     command = ("genrm", "serve", "-c", str(EXAMPLES / "tiny_cpu.yaml"), "--rendezvous", str(path))
     service = FapoProcess(tmp_path / "service.txt", *command, *overrides)
 
     async def two_runs() -> None:
         config = GenRMConfig(
-            servers=0, rendezvous=str(path), temperature=0.0, max_tokens=256, **PATIENT
-        )  # as their configurations would say
+            servers=0, rendezvous=str(path), api_key_env=KEY, temperature=0.0, max_tokens=256, **PATIENT
+        )
         clients = [GenRMClient([], config) for _ in range(2)]
         await asyncio.gather(*(client.check() for client in clients))
         try:
             met = rendezvous.read(path)
             assert met is not None
-            assert (met.pid, met.served_model) == (service.process.pid, "genrm")
+            assert (met.pid, met.served_model, met.api_key_env) == (service.process.pid, "genrm", KEY)
+            with pytest.raises(GenRMUnavailable, match="HTTP 401"):
+                await GenRMClient(met.urls, GenRMConfig()).check()
             await judge_all(clients, 0)
             (server,) = service.pids("genrm.server_process")
             await judge_all(clients, 100, kill=server)
