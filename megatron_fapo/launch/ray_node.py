@@ -106,8 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             address = host if index == 0 else address_towards(host)
             process = subprocess.Popen(
                 ray_command(index, args.head, address, args.roles[index], args),
-                # Ray gives a raylet 30 s by itself, which a busy node exceeds.
-                env={"RAY_raylet_start_wait_time_s": "120", **os.environ, **guard.environment},
+                # Ray gives a raylet 30 s by itself, which a busy node exceeds; and it frees objects once a second, in
+                # which the buckets of a refit would fill the object store.
+                env={
+                    "RAY_raylet_start_wait_time_s": "120",
+                    "RAY_free_objects_batch_size": "1",
+                    **os.environ,
+                    **guard.environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
