@@ -66,6 +66,9 @@ def test_a_chain_is_put_in_order_and_may_name_models_that_are_not_there_yet(base
     assert policy.config.genrm.model_path == "g/hf"
     assert export.config == genrm.config
     assert not (base / "g").exists()
+    late = {"name": "late", "verb": "train", "config": ["base.yaml"], "after": ["policy"]}
+    late["overrides"] = ["run_dir=l", "genrm.model_path=g/hf"]  # written by a task that it waits for indirectly
+    assert len(check_tasks([TaskSpec.model_validate(late), *chain()], look_for_gpu=True)) == 4
 
 
 def test_a_model_that_is_to_come_is_checked_by_what_stands_in_for_it(base: Path) -> None:
