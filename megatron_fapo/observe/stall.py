@@ -154,6 +154,7 @@ class StallWatch:
         self._config, self._dir, self._waits = config, run_dir, waits
         self._alarm = Alarm(config.stall_warning_s)
         self._given_up: asyncio.Future[StalledError] | None = None
+        self._ended = False
 
     async def __aenter__(self) -> Self:
         (self._dir / FILE).unlink(missing_ok=True)
@@ -203,12 +204,13 @@ class StallWatch:
             idle_s, rang = self._waits.idle_s(), self._alarm.ringing
             if self._alarm.due(idle_s):
                 self._say(idle_s)
-            elif rang and not self._alarm.ringing:
+            elif rang and not self._alarm.ringing and not self._ended:
                 (self._dir / FILE).unlink(missing_ok=True)
                 log.warning("the run goes on")
             if cfg.stall_abort_s is not None and idle_s >= cfg.stall_abort_s and self._given_up is not None:
                 if not self._given_up.done():
                     self._given_up.set_result(self._error(idle_s))
+                self._ended = True
                 self._waits.progress()  # what is done about it has time of its own
 
     def _say(self, idle_s: float) -> None:
