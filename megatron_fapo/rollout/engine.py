@@ -15,7 +15,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,6 +30,8 @@ from megatron_fapo.weight_sync.checkpoint import expected_tensors
 from megatron_fapo.weight_sync.protocol import Bucket, Coverage, EngineState, EngineVersion, RefitError
 
 RECEIVER = "megatron_fapo.weight_sync.receiver.RefitReceiver"
+_LOOK_S = 1.0
+"""How often a call that is not answered looks whether vLLM still lives."""
 
 
 class EngineDiedError(ProcessDiedError):
@@ -224,7 +226,7 @@ class RolloutEngine:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        await self._llm.pause_generation(mode="keep", clear_cache=not self._active)
+        await self._ask(self._llm.pause_generation(mode="keep", clear_cache=not self._active))
         try:
             for prompt, key in keys:
                 params = SamplingParams(
@@ -246,7 +248,7 @@ class RolloutEngine:
                 self._active.add(collector.request_id)
         finally:
             if not self._paused:
-                await self._llm.resume_generation()
+                await self._ask(self._llm.resume_generation())
 
     async def _finish(self, collector: Any, prompt: Prompt, key: SampleKey, version: int) -> Sample:
         output = (await collector.get()).outputs[0]
@@ -260,16 +262,32 @@ class RolloutEngine:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
         return Sample(key, prompt, token_ids, tuple(flat.logprobs), text, output.finish_reason, version)
 
+    async def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """Await a call to vLLM's core: vLLM fails the requests of a core that is killed, but not the calls that it was
+        about to answer, which then wait for ever.
+
+        Raises:
+            VLLMDiedError: the core is gone.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait((task,), timeout=_LOOK_S))[0]:
+                if self._llm.errored:
+                    raise VLLMDiedError("vLLM's core ended before it answered")
+            return task.result()
+        finally:
+            task.cancel()
+
     async def pause(self) -> None:
         """Freeze generation; requests stay where they are until `resume`."""
         async with self._admission:
             self._paused = True
-            await self._llm.pause_generation(mode="keep", clear_cache=False)
+            await self._ask(self._llm.pause_generation(mode="keep", clear_cache=False))
 
     async def resume(self) -> None:
         async with self._admission:
             self._paused = False
-            await self._llm.resume_generation()
+            await self._ask(self._llm.resume_generation())
 
     async def begin_refit(self) -> dict[str, float]:
         """Stop serving and make ready for new weights. Returns seconds by phase, as the other steps do.
@@ -284,7 +302,7 @@ class RolloutEngine:
 
         async def pause_and_begin() -> None:
             await self.pause()
-            await self._llm.collective_rpc("refit_begin")
+            await self._ask(self._llm.collective_rpc("refit_begin"))
 
         return {"pause_s": await self._refit_step(pause_and_begin)}
 
@@ -303,7 +321,7 @@ class RolloutEngine:
         async def load() -> None:
             with self._staged(bucket, payload) as local:
                 self._coverage.add(local.entries)
-                await self._llm.collective_rpc("refit_load", args=(local.to_wire(),))
+                await self._ask(self._llm.collective_rpc("refit_load", args=(local.to_wire(),)))
 
         return {"load_s": await self._refit_step(load)}
 
@@ -339,10 +357,10 @@ class RolloutEngine:
 
         async def finish() -> None:
             self._coverage.require_complete()
-            await self._llm.collective_rpc("refit_finish")
+            await self._ask(self._llm.collective_rpc("refit_finish"))
 
         async def reset() -> None:
-            if not await self._llm.reset_prefix_cache():
+            if not await self._ask(self._llm.reset_prefix_cache()):
                 raise RefitError("the prefix cache could not be reset: it would serve the old weights' keys and values")
 
         seconds = {"finish_s": await self._refit_step(finish), "reset_s": await self._refit_step(reset)}

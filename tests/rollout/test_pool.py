@@ -9,9 +9,9 @@ import asyncio
 
 import pytest
 
-from megatron_fapo.config.rollout import SamplingConfig
+from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
 from megatron_fapo.data.records import Sample, SampleKey
-from megatron_fapo.rollout.engine import EngineDiedError
+from megatron_fapo.rollout.engine import EngineDiedError, RolloutEngine, VLLMDiedError
 from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.weight_sync.protocol import Bucket, RefitError, TensorEntry
 from tests.rollout.conftest import make_prompts, run
@@ -161,3 +161,23 @@ def test_a_refit_has_a_deadline(pool_of):
 
 async def _await(reference):
     return await reference
+
+
+class DyingLLM:
+    """vLLM whose core is killed before it answers."""
+
+    errored = False
+
+    async def pause_generation(self, **_):
+        self.errored = True
+        await asyncio.sleep(60)
+
+    async def resume_generation(self):
+        return None
+
+
+def test_a_call_that_a_killed_core_leaves_unanswered_is_given_up(tmp_path):
+    engine = RolloutEngine(str(tmp_path), RolloutConfig(), device="cpu", dtype="float32", max_model_len=64)
+    engine._llm = DyingLLM()
+    with pytest.raises(VLLMDiedError, match="ended before it answered"):
+        run(asyncio.wait_for(engine.pause(), 10))
