@@ -85,3 +85,18 @@ def test_lengths_are_drawn_as_stated() -> None:
 def test_lengths_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(UserError):
         find_lengths(text, tiny_planner().config, True)
+
+
+def test_a_run_directory_is_read(tmp_path: Path) -> None:
+    """The first step is left out, and a verdict that two equal solutions share costs one critique."""
+    sample = {"question": "q", "text": "a", "prompt_tokens": 7, "response_tokens": 5}
+    judged = sample | {"verdict": {"completion_tokens": 30}}
+    other = judged | {"text": "b", "response_tokens": 6}
+    (tmp_path / "samples").mkdir()
+    for step in (1, 2):
+        lines = "".join(json.dumps(each) + "\n" for each in (judged, judged, other, sample | {"verdict": None}))
+        (tmp_path / "samples" / f"step_{step:06d}.jsonl").write_text(lines)
+    metrics = ({"step": step, "phase_s/rollout": float(step), "reward/mean": 0.0} for step in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in metrics))
+    expected = [SimSample(7, 5, 30), SimSample(7, 5), SimSample(7, 6, 30), SimSample(7, 5)]
+    assert read_records(tmp_path) == [Record({"rollout": 2.0}, expected)]

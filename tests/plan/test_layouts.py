@@ -89,3 +89,10 @@ def test_padding_and_uneven_ranks_cost_time() -> None:
 def test_examples_load_without_their_models() -> None:
     for name in ("fapo_7b", "fapo_32b", "genrm_4b", "baseline_7b", "baseline_32b"):
         assert load_config([ROOT / "examples" / f"{name}.yaml"], []).config.policy.model_path
+
+
+def test_the_slowest_data_rank_sets_the_time() -> None:
+    planner = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL, "policy.micro_batch_tokens=1000")
+    work = PolicyWork(planner.config, planner.shape, planner.hardware, 2)
+    two, five = work.times([1000] * 2), work.times([1000] * 5)  # two data ranks: one sample each, then three and two
+    assert five.train_s - work.update_s() == pytest.approx(3 * (two.train_s - work.update_s()))

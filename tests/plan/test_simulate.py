@@ -113,3 +113,10 @@ def test_judging_overlaps_with_generation() -> None:
     samples = [SimSample(0, length, critique=10) for length in (10, 20, 30, 200)]
     assert run(samples, Stage(1, FREE), Stage(1, FREE)).tail_s == pytest.approx(10.0)
     assert run(samples, Stage(1, FREE)).tail_s == 0.0
+
+
+def test_a_critique_goes_to_the_server_with_the_fewest_outstanding_tokens() -> None:
+    # The last critique finds one server busy with 1,000 tokens, the other done with all of its 600 and 300.
+    samples = [SimSample(0, n, critique) for n, critique in ((1, 1000), (2, 600), (650, 300), (960, 10))]
+    one_slot = Stage(2, Speed(1.0, 0.0, 0.0, 0.0, slots=1))
+    assert run(samples, Stage(1, FREE), one_slot).scored == pytest.approx([1001.0, 602.0, 950.0, 970.0])
