@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 LOG_LINES = 30
+HEALTH_CHECKS_S = 30.0
+"""Ray gives a node five, one every 3 s."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,17 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.ActorUnschedulableError)
 
 
-def how_lost(node: Node) -> str:
-    """What is gone, in words: the node, or the process alone."""
-    import ray
+async def how_lost(node: Node, error: BaseException) -> str:
+    """What is gone, in words: the node, or the process alone.
 
-    alive = {each["NodeID"] for each in ray.nodes() if each["Alive"]}
-    return "its process is gone" if node.id in alive or not node.id else "its node is gone"
+    Ray calls an actor unavailable as soon as its connection breaks, and the node dead after missed health checks.
+    """
+    import ray
+    from ray.exceptions import ActorUnavailableError
+
+    deadline = time.monotonic() + (HEALTH_CHECKS_S if isinstance(error, ActorUnavailableError) else 0)
+    while not node.id or node.id in {each["NodeID"] for each in ray.nodes() if each["Alive"]}:
+        if time.monotonic() >= deadline:
+            return "its process is gone"
+        await asyncio.sleep(0.5)
+    return "its node is gone"

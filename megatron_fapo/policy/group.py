@@ -190,7 +190,7 @@ class PolicyGroup:
             failed = next(i for i, task in enumerate(tasks) if task.done() and task.exception() is cause)
             rank = self._ranks[failed if ranks is None else ranks[failed]]
             if is_lost(cause):
-                raise PolicyDiedError(rank, how_lost(rank.node), lost=True, detail=str(cause)) from error
+                raise PolicyDiedError(rank, await how_lost(rank.node, cause), lost=True, detail=str(cause)) from error
             raise PolicyDiedError(rank, "failed", lost=False, detail=str(cause)) from error
 
     async def _cause(self, tasks: Sequence[asyncio.Task[Any]], first: BaseException) -> BaseException:

@@ -93,7 +93,7 @@ class RolloutPool:
         except ray.exceptions.RayError as error:
             if not is_lost(error):
                 raise
-            self._died(index, how_lost(self._processes[index].node), error, lost=True)
+            self._died(index, await how_lost(self._processes[index].node, error), error, lost=True)
 
     def _died(self, index: int, what: str, error: BaseException, *, lost: bool = False) -> NoReturn:
         raise EngineDiedError(self._processes[index], what, lost=lost, detail=str(error)) from error

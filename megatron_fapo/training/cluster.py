@@ -74,7 +74,7 @@ class Cluster:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         for process, answer in zip(self.genrm_processes, answers, strict=True):
             if isinstance(answer, BaseException):
-                raise _server_died(process, answer) from answer
+                raise await _server_died(process, answer) from answer
             if not answer:
                 raise ServerDiedError(process, "it has ended", lost=True)
 
@@ -284,15 +284,17 @@ async def _start_genrm(
         except Exception as error:
             if isinstance(cause := getattr(error, "cause", None), UserError):
                 raise cause from None
-            raise _server_died(process, error) from error
+            raise await _server_died(process, error) from error
 
     starts = map(start, cluster.genrm_processes, cluster.genrm_servers)
     return [*await asyncio.gather(*starts), *genrm.urls]
 
 
-def _server_died(process: Process, error: BaseException) -> ServerDiedError:
+async def _server_died(process: Process, error: BaseException) -> ServerDiedError:
     lost = is_lost(error)
-    return ServerDiedError(process, how_lost(process.node) if lost else "failed", lost=lost, detail=str(error))
+    return ServerDiedError(
+        process, await how_lost(process.node, error) if lost else "failed", lost=lost, detail=str(error)
+    )
 
 
 async def _stop_server(actor: Any) -> None:

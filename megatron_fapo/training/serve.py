@@ -125,7 +125,7 @@ async def _keep(process: Process, server: Any, up: dict[int, str]) -> ServerDied
     except RayError as error:
         up.pop(process.rank, None)
         lost = is_lost(error)
-        what = how_lost(process.node) if lost else "it cannot be started again"
+        what = await how_lost(process.node, error) if lost else "it cannot be started again"
         died = ServerDiedError(process, what, lost=True, detail=str(getattr(error, "cause", None) or error))
         log.error("%s", died)
         return died
