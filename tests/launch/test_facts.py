@@ -202,3 +202,18 @@ def test_a_driver_without_nvidia_smi_is_no_node_without_cards(monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidiactl")
     with pytest.raises(OSError, match="no nvidia-smi"):
         facts.gpus()
+
+
+def test_what_a_real_h100_says():
+    """nvidia-smi -q -x of an idle H100 80GB HBM3 in a virtual machine, driver 580 (serial and UUID replaced)."""
+    gpus = facts.parse_gpus((Path(__file__).parent / "nvidia_smi_h100.xml").read_text())
+    assert (gpus["driver"], gpus["cuda"]) == ("580.159.04", "13.0")
+    [card] = gpus["cards"]
+    assert (card["index"], card["name"], card["memory_mib"]) == (0, "NVIDIA H100 80GB HBM3", 81559)
+    assert (card["used_mib"], card["ecc_uncorrected"], card["remap_pending"], card["remap_failed"]) == (
+        0,
+        0,
+        False,
+        False,
+    )
+    assert (card["slowed_by"], card["processes"], card["unread"]) == (["gpu_idle"], [], {})

@@ -51,9 +51,7 @@ FAILURE = {"role": "rollout", "rank": 3, "node": "node2", "what": "died", "step"
         (Evidence(), EXIT_FAILED, False, ()),
     ],
 )
-def test_each_end_has_its_decision(
-    evidence: Evidence, exit_code: int, requeue: bool, exclude: tuple[str, ...]
-) -> None:
+def test_each_end_has_its_decision(evidence: Evidence, exit_code: int, requeue: bool, exclude: tuple[str, ...]) -> None:
     decision = decide(evidence, idle_restarts=2, spare_nodes=5)
     assert (decision.exit_code, decision.requeue, decision.exclude) == (exit_code, requeue, exclude)
 
