@@ -41,6 +41,7 @@ TEARDOWN_S = 45.0
 REQUEUE_BEFORE_S = 60.0
 """A driver that has not stopped so long before the time limit is given up: after the limit nothing is requeued."""
 RESUMABLE = ("train", "genrm train")
+GOES_ON = (*RESUMABLE, "genrm serve")
 _CPU_STORE_MB = 1024
 _TAIL_LINES = 25
 _POLL_S = 0.5
@@ -51,7 +52,7 @@ class Job:
 
     def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
         self.argv, self.id, self.attempt = list(argv), env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0)
-        self.verb = list(itertools.takewhile(str.isalpha, self.argv))
+        self.verb = " ".join(itertools.takewhile(str.isalpha, self.argv))
         self.env = slurm.step_environment(env)
         self.nodes = slurm.hostnames(env["SLURM_JOB_NODELIST"])
         self.partition = env["SLURM_JOB_PARTITION"]
@@ -176,7 +177,7 @@ class Job:
         if self.asked is not None or "overdue" in self.evidence:
             return
         self.env["RAY_ADDRESS"] = head
-        resume = ["--resume", "auto"] if " ".join(self.verb) in RESUMABLE else []
+        resume = ["--resume", "auto"] if self.verb in RESUMABLE else []
         driver = self._start(self.nodes[:1], self.python, "-m", "megatron_fapo.cli", *self.argv, *resume)
         self._watch(driver)
 
@@ -242,7 +243,8 @@ class Job:
             **self.evidence,
         )
         spare = slurm.spare_nodes(self.partition, self.nodes)
-        decision = life.decide(evidence, self.description.get("idle_restarts", 0), spare)
+        idle_restarts = self.description.get("idle_restarts", 0)
+        decision = life.decide(evidence, idle_restarts, spare, goes_on=self.verb in GOES_ON)
         print(life.screen(f"job {self.id} attempt {self.attempt}", evidence, decision, self._tails(evidence)))
         sys.stdout.flush()
         if decision.requeue:

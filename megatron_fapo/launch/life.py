@@ -64,15 +64,18 @@ def idle_attempts(start_steps: Sequence[int], step: int) -> int:
     return count
 
 
-def decide(evidence: Evidence, idle_restarts: int, spare_nodes: int) -> Decision:
+def decide(evidence: Evidence, idle_restarts: int, spare_nodes: int, *, goes_on: bool = True) -> Decision:
     """
     Args:
+        goes_on: whether another attempt of this verb takes up what the last one left.
         idle_restarts: attempts without progress after which there is no other (cluster.idle_restarts), less one.
         spare_nodes: nodes of the partition that could replace excluded ones.
     """
     code, retry, why = _verdict(evidence)
     if not retry:
         return Decision(code, False, (), why)
+    if not goes_on:
+        return Decision(code, False, (), f"{why}; this verb cannot go on where it was, submit it again")
     idle = idle_attempts(evidence.start_steps, evidence.step)
     if idle > idle_restarts:
         what = f"{why}; {idle} attempts in a row made no new checkpoint (cluster.idle_restarts={idle_restarts})"

@@ -99,3 +99,11 @@ def test_the_screen_names_who_where_and_what_next() -> None:
     text = screen("job 5 attempt 0", evidence, decide(evidence, 2, 1), {"x.log": "the tail"})
     for part in ("rollout-3 on node2 after step 7: died", "node2: Ray ended", "requeued", "avoids node2", "the tail"):
         assert part in text
+
+
+def test_what_cannot_go_on_is_not_requeued() -> None:
+    lost = Evidence(driver=76, step=3)
+    assert decide(lost, 2, 0).requeue
+    refused = decide(lost, 2, 0, goes_on=False)
+    assert (refused.exit_code, refused.requeue) == (EXIT_LOST, False)
+    assert decide(Evidence(driver=0), 2, 0, goes_on=False).exit_code == EXIT_DONE
