@@ -114,6 +114,7 @@ def test_mlflow_holds_what_metrics_jsonl_has_over_a_resume_and_an_amendment(sett
     time.sleep(0.002)  # points of one millisecond have no order
     run_dir = write(config, range(3, 6), resume_step=2, amended=(2, {"eval/a/avg@4": 0.75}), scale=7.0)
     run, history = mlflow_history(config)
+    assert history[2]["eval/a/avg_at_4"] == 0.75
     for record in read_metrics(run_dir):
         found = history[record.pop("step")]
         assert same(sorted(found.items()), sorted((mlflow_name(k), float(v)) for k, v in record.items()))
