@@ -100,18 +100,21 @@ def test_an_experiment_is_submitted_whole_or_not_at_all(slurm_cluster: SlurmClus
             "name": "two",
             "verb": "train",
             "config": [str(config)],
-            "overrides": [f"run_dir={tmp_path}/two", "cluster.train_nodes=99"],
+            "overrides": [f"run_dir={tmp_path}/two", "device=auto", "cluster.gpus_per_node=99"],
             "after": ["one"],
         },
     ]
     (tmp_path / "two.yaml").write_text(json.dumps({"tasks": tasks}))
     before = set(slurm_cluster.run("squeue", "-h", "-t", "all", "-o", "%i").split())
-    result = launch(slurm_cluster, tmp_path, "--experiment", str(tmp_path / "two.yaml"), "--sbatch=hold")
+    result = launch(slurm_cluster, tmp_path, "--experiment", str(tmp_path / "two.yaml"))
     assert result.returncode == 2, result.stdout[-6000:]
     assert "nothing was submitted" in result.stdout
-    assert "node" in result.stdout.lower()
-    (job,) = set(slurm_cluster.run("squeue", "-h", "-t", "all", "-o", "%i").split()) - before
-    assert slurm_cluster.job(job)["JobState"] == "CANCELLED"
+    assert "Requested node configuration is not available" in result.stdout
+    new = set(slurm_cluster.run("squeue", "-h", "-t", "all", "-o", "%i").split()) - before
+    states = {slurm_cluster.job(job)["JobName"]: slurm_cluster.job(job)["JobState"] for job in new}
+    # Slurm remembers what it refused as a job that failed.
+    assert states.pop("fapo.one") == "CANCELLED"
+    assert states in ({}, {"fapo.two": "FAILED"})
 
 
 OWN = '''
@@ -138,7 +141,7 @@ sys.exit(75)
 
 if __name__ == "__main__":
     with run.Experiment("own", skip_status_at_exit=True, enable_goodbye_message=False) as experiment:
-        experiment.add(run.Script(inline=TEXT), executor=slurm_executor(nodes=2, time="5"), name="own")
+        experiment.add(run.Script(inline=TEXT), executor=slurm_executor(nodes=2, time="60"), name="own")
         experiment.run(detach=True)
     job = experiment.jobs[0]
     print("JOB", job.handle.rsplit("/", 1)[-1], job.executor.job_dir)
