@@ -34,14 +34,16 @@ class Placement:
 def nodes_of(ray_nodes: Iterable[Mapping[str, Any]]) -> list[Node]:
     """The living nodes of `ray.nodes()` by index; nodes that have none, of a cluster that others started, come last."""
     alive = sorted((each for each in ray_nodes if each["Alive"]), key=lambda each: str(each["NodeManagerAddress"]))
-    found: list[Node] = []
+    placed, others = [], []
     for each in alive:
+        index = [int(name.removeprefix(INDEX)) for name in each["Resources"] if name.startswith(INDEX)]
+        (placed if index else others).append((index, each))
+    found = []
+    for position, (index, each) in enumerate(placed + others):
         resources = each["Resources"]
-        index = [int(name.removeprefix(INDEX)) for name in resources if name.startswith(INDEX)]
-        roles = frozenset(ROLES) & frozenset(resources)
-        place = index[0] if index else len(alive) + len(found)
-        hardware = (place, float(resources.get("GPU", 0.0)), roles)
-        found.append(Node(each["NodeID"], each["NodeManagerAddress"], *hardware, each["NodeManagerHostname"]))
+        hardware = (float(resources.get("GPU", 0.0)), frozenset(ROLES) & frozenset(resources))
+        where = (each["NodeID"], each["NodeManagerAddress"], index[0] if index else position)
+        found.append(Node(*where, *hardware, each["NodeManagerHostname"]))
     return sorted(found, key=lambda node: node.index)
 
 

@@ -69,6 +69,18 @@ class FapoProcess:
                 continue  # it ended between the listing and the look
         return [line for line in found if line.strip()]  # a zombie has no command line
 
+    def pids(self, word: str) -> list[int]:
+        """Processes of this run whose command line has the word."""
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                ours = self.mark.encode() in (directory / "environ").read_bytes()
+                if ours and word.encode() in (directory / "cmdline").read_bytes():
+                    found.append(int(directory.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return sorted(found)
+
     def wait_until_gone(self, timeout_s: float = 30) -> list[str]:
         """What is left after at most `timeout_s`."""
         deadline = time.monotonic() + timeout_s

@@ -189,6 +189,10 @@ def test_rays_nodes_are_read_in_the_order_of_the_allocation() -> None:
     assert nodes[0] == Node("id-b", "b", 0, 4.0, frozenset({"train"}), "host")
 
 
+def test_a_machine_alone_is_node_0() -> None:
+    assert [node.index for node in nodes_of([ray_node(None)])] == [0]
+
+
 def test_missing_nodes_are_named_with_their_role() -> None:
     config = ClusterConfig(train_nodes=2, rollout_nodes=1, genrm_nodes=1)
     there = make_nodes("train", "train", "rollout", "genrm")

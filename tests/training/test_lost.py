@@ -1,0 +1,160 @@
+"""Processes of a real run are killed in turn: who was lost is said in one message, and `--resume auto` goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_fapo.config.root import Config
+from megatron_fapo.data.datasets import write_testbed
+from megatron_fapo.data.tokenizer import init_tiny_model
+from megatron_fapo.observe.metrics import read_metrics
+from megatron_fapo.processes import Node, Process, ProcessDiedError
+from megatron_fapo.training.cluster import Cluster, ServerDiedError
+from megatron_fapo.training.failure import forget_failure, report_failure
+from tests.training.runs import FapoProcess, write_config
+
+
+@pytest.mark.parametrize(("lost", "code"), [(True, 76), (False, 1)])
+def test_a_failure_is_left_for_whoever_started_the_run(tmp_path: Path, lost: bool, code: int) -> None:
+    log = tmp_path / "rollout-3.log"
+    log.write_text("".join(f"line {i}\n" for i in range(100)))
+    process = Process("rollout", 3, Node("id", "10.0.0.7", 2, name="gpu-07"), log, 123)
+    error = ProcessDiedError(process, "its process is gone", lost=lost, detail="killed by signal 9")
+    first, *others = str(error).splitlines()
+    assert first == "rollout-3 on node gpu-07 (10.0.0.7, pid 123): its process is gone"
+    assert others[:2] == ["killed by signal 9", f"the end of {log}:"]
+    assert (others[2], others[-1], len(others)) == ("line 70", "line 99", 32)
+    assert report_failure(tmp_path, error, 5) == code
+    written = json.loads((tmp_path / "failure.json").read_text())
+    assert written.pop("time") > 0
+    assert written == {
+        "role": "rollout", "rank": 3, "node": "gpu-07", "node_index": 2, "address": "10.0.0.7",
+        "what": "its process is gone", "log_path": str(log), "exit_code": code, "step": 5,
+    }  # fmt: skip
+    forget_failure(tmp_path)
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_an_error_of_the_driver_is_its_own(tmp_path: Path) -> None:
+    assert report_failure(tmp_path, KeyError("x"), 0) == 1
+    written = json.loads((tmp_path / "failure.json").read_text())
+    assert (written["role"], written["what"]) == ("driver", "KeyError: 'x'")
+
+
+class RealProcess:
+    """What a test does with a running `fapo train`."""
+
+    def __init__(self, workspace: Path, started: list[FapoProcess], attempt: str, *arguments: str) -> None:
+        self.run_dir = workspace / "run"
+        self.fapo = FapoProcess(workspace / f"{attempt}.log", "train", *arguments)
+        started.append(self.fapo)
+
+    def kill(self, step: int, title: str) -> None:
+        """Kill one process of the run once it has finished `step`."""
+        deadline = time.monotonic() + 300
+        while not self.fapo.pids(title):  # until then, metrics are those of the attempt before
+            assert time.monotonic() < deadline, self.fapo.output()[-4000:]
+            time.sleep(0.1)
+        self.fapo.wait_for_step(self.run_dir, step)
+        os.kill(self.fapo.pids(title)[0], signal.SIGKILL)
+
+    def failure(self) -> dict[str, Any]:
+        """What the run says once it has ended, if it ended as it should."""
+        assert self.fapo.wait(300) == 76, self.fapo.output()[-4000:]
+        assert "Traceback (most recent call last):\n  File" not in self.fapo.output()
+        assert self.fapo.wait_until_gone() == []
+        found: dict[str, Any] = json.loads((self.run_dir / "failure.json").read_text())
+        named = f"{found['role']}-{found['rank']} on node {found['node']}"
+        assert named in self.fapo.output()
+        assert named in (self.run_dir / "logs" / "driver-0.log").read_text()
+        return found
+
+
+@pytest.fixture
+def started() -> Iterator[list[FapoProcess]]:
+    processes: list[FapoProcess] = []
+    yield processes
+    for process in processes:
+        process.kill_all()
+
+
+@pytest.mark.timeout(900)
+def test_whoever_is_killed_is_named_and_the_next_attempt_goes_on(tmp_path: Path, started: list[FapoProcess]) -> None:
+    write_testbed(tmp_path / "data", 64, 8, seed=0)
+    init_tiny_model(tmp_path / "model", seed=0)
+    values = {
+        "run_dir": str(tmp_path / "run"),
+        "device": "cpu",
+        "data": {"train": [str(tmp_path / "data" / "train.jsonl")], "max_prompt_tokens": 160},
+        "policy": {"model_path": str(tmp_path / "model"), "parallel": {"tensor": 2}},
+        "rollout": {"samples_per_prompt": 4, "max_response_tokens": 24, "cpu_kv_cache_gb": 0.05},
+        "genrm": {"model_path": str(tmp_path / "model"), "max_tokens": 16, "max_model_len": 768, "deadline_s": 3},
+        "reward": {"overlong": {"enabled": False}, "verifier_processes": 1, "max_unscored_share": 1.0},
+        "training": {
+            "steps": 500,
+            "prompts_per_step": 4,
+            "prompts_per_mini_batch": 2,
+            "evaluation": {"every_steps": 0},
+            "checkpoint": {"every_steps": 0},
+        },
+    }
+    config = ["-c", str(write_config(tmp_path / "run.yaml", values)), "--resume", "auto"]
+    by_rule = "genrm.enabled=false"
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "failure.json").write_text("of an earlier attempt")
+    first = RealProcess(tmp_path, started, "first", *config, by_rule)
+    first.kill(1, "ray::PolicyActor")
+    found = first.failure()
+    assert (found["role"], found["what"]) == ("policy", "its process is gone")
+    assert found["step"] >= 1
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*")), "a policy that is gone cannot be saved"
+
+    second = RealProcess(tmp_path, started, "second", *config, by_rule)  # anew, though there are metrics
+    second.kill(2, "VLLM::EngineCore")
+    found = second.failure()
+    assert (found["role"], found["what"]) == ("rollout", "its vLLM processes are gone")
+    saved = max((tmp_path / "run" / "checkpoints").glob("step_*")).name
+    assert saved == f"step_{found['step']:06d}", "the finished steps were saved"
+
+    third = RealProcess(tmp_path, started, "third", *config)
+    third.kill(found["step"] + 1, "megatron_fapo.genrm.server_process")
+    found = third.failure()
+    assert (found["role"], found["what"]) == ("genrm", "it has ended")
+    steps = [record["step"] for record in read_metrics(tmp_path / "run")]
+    assert steps == list(range(1, int(found["step"]) + 1)), "each step once, over all attempts"
+
+
+class FakeServer:
+    """As much of a GenRMServer actor as `Cluster.require_servers` asks."""
+
+    def __init__(self, answer: Any) -> None:
+        self.alive = self
+        self.answer = answer
+
+    async def remote(self) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_the_first_server_that_has_ended_is_named() -> None:
+    async def scenario() -> None:
+        cluster = Cluster(Config(), "cpu", genrm_servers=[FakeServer(True)], genrm_processes=[Process("genrm", 0)])
+        await cluster.require_servers()
+        cluster.genrm_servers.append(FakeServer(False))
+        cluster.genrm_processes.append(Process("genrm", 1, Node("x", "10.0.0.9", 4, name="gpu-04")))
+        with pytest.raises(ServerDiedError, match=r"genrm-1 on node gpu-04 \(10.0.0.9\): it has ended") as death:
+            await cluster.require_servers()
+        assert death.value.lost
+
+    asyncio.run(scenario())
