@@ -164,8 +164,9 @@ def overrides(planner: Planner) -> list[str]:
 
 def _assumption_lines(planner: Planner) -> list[str]:
     rates, sources = planner.hardware.rates, planner.hardware.sources
-    guesses = [f"{name} {value:g}" for name, value in asdict(rates).items() if sources[name].startswith("assumed")]
-    lines = ["Rates that nobody measured (docs/sizing.md; --calibrate replaces them): " + ", ".join(guesses)]
+    assumed = ("assumed",) if planner.hardware.kind == "H100" else ("assumed", "fitted")
+    guesses = [f"{name} {value:g}" for name, value in asdict(rates).items() if sources[name].startswith(assumed)]
+    lines = ["Rates that are assumed (docs/sizing.md; --calibrate replaces them): " + ", ".join(guesses)]
     if changed := fitted(KINDS[planner.hardware.kind], rates):
         lines.append("Rates fitted or given: " + ", ".join(f"{name} {value:.4g}" for name, value in changed.items()))
     return lines

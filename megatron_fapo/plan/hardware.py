@@ -29,6 +29,10 @@ class Rates:
     """Share of the peak that forward and backward reach, recomputed FLOPs counted, tensor communication not."""
     forward_mfu: float
     """Likewise of log-probability passes."""
+    logit_train_s: float
+    """Seconds of each logit of a tensor rank, forward and backward: its float32 softmax is bound by memory."""
+    logit_forward_s: float
+    """Likewise, forward alone."""
     memory_gbs: float
     """GB/s of device memory."""
     link_gbs: float
@@ -56,43 +60,50 @@ class Rates:
 
 
 _H100 = Rates(
-    memory_gib=79.0, context_gib=2.5, peak_tflops=989.0, train_mfu=0.5, forward_mfu=0.5, memory_gbs=3350.0,
-    link_gbs=340.0, network_gbs=45.0, host_gbs=4.0, store_gbs=2.0, decode_base_s=0.004, decode_sequence_s=35e-6,
-    judge_factor=1.0, prefill_mfu=0.4, rule_s=0.0025, update_s=0.1, refit_s=0.5,
+    memory_gib=79.0, context_gib=3.6, peak_tflops=989.0, train_mfu=0.72, forward_mfu=0.72, logit_train_s=70e-12,
+    logit_forward_s=33e-12, memory_gbs=3350.0, link_gbs=340.0, network_gbs=45.0,
+    host_gbs=4.0, store_gbs=2.0, decode_base_s=0.004, decode_sequence_s=35e-6, judge_factor=1.0, prefill_mfu=0.4,
+    rule_s=0.0025, update_s=0.22, refit_s=0.5,
 )  # fmt: skip
 KINDS: dict[str, Rates] = {
     "H100": _H100,
     "H200": dataclasses.replace(_H100, memory_gib=139.0, memory_gbs=4800.0),
     "A100": dataclasses.replace(
-        _H100, memory_gib=79.0, peak_tflops=312.0, memory_gbs=2039.0, link_gbs=230.0, network_gbs=22.0
+        _H100, peak_tflops=312.0, logit_train_s=115e-12, logit_forward_s=54e-12, memory_gbs=2039.0, link_gbs=230.0,
+        network_gbs=22.0,
     ),
     "cpu": Rates(
-        memory_gib=8.0, context_gib=0.5, peak_tflops=0.1, train_mfu=0.3, forward_mfu=0.3, memory_gbs=10.0,
-        link_gbs=1.0, network_gbs=1.0, host_gbs=1.0, store_gbs=1.0, decode_base_s=0.005, decode_sequence_s=63e-6,
-        judge_factor=1.0, prefill_mfu=0.3, rule_s=0.0025, update_s=0.02, refit_s=0.05,
+        memory_gib=8.0, context_gib=0.5, peak_tflops=0.1, train_mfu=0.3, forward_mfu=0.3, logit_train_s=0.0,
+        logit_forward_s=0.0, memory_gbs=10.0, link_gbs=1.0, network_gbs=1.0, host_gbs=1.0, store_gbs=1.0,
+        decode_base_s=0.005,
+        decode_sequence_s=63e-6, judge_factor=1.0, prefill_mfu=0.3, rule_s=0.0025, update_s=0.02, refit_s=0.05,
     ),
 }  # fmt: skip
 
-_SHEET, _GUESS = "data sheet", "assumed"
+_SHEET, _GUESS, _FITTED = "data sheet", "assumed", "fitted on one H100 (benchmarks/results/plan_check_h100.json)"
 SOURCES: dict[str, str] = {
     "memory_gib": _SHEET,
-    "context_gib": _GUESS,
+    "context_gib": _FITTED,
     "peak_tflops": _SHEET,
-    "train_mfu": _GUESS,
-    "forward_mfu": _GUESS,
+    "train_mfu": _FITTED,
+    "forward_mfu": _FITTED,
+    "logit_train_s": _FITTED,
+    "logit_forward_s": _FITTED,
     "memory_gbs": _SHEET,
-    "link_gbs": "measured: NCCL all-gather between 4 H200, 342 GB/s; other kinds scaled by their data sheets",
+    "link_gbs": "assumed: three quarters of NVLink's data sheet",
     "network_gbs": "assumed: nine tenths of 400 (A100: 200) Gbit/s",
     "host_gbs": "assumed, after 988 MB in 0.22 s on one H100 (benchmarks/results/one_gpu_qwen2.5_coder_0.5b.json)",
     "store_gbs": _GUESS,
     "decode_base_s": _GUESS,
-    "decode_sequence_s": "fitted: 0.5B, 256 sequences on one H100 with CUDA graphs, 19,400 tokens/s; cpu: 2 cores",
+    "decode_sequence_s": _GUESS,
     "judge_factor": _GUESS,
     "prefill_mfu": _GUESS,
     "rule_s": "measured: p50 0.0023 s (benchmarks/results/one_gpu_qwen2.5_coder_0.5b.json)",
-    "update_s": _GUESS,
+    "update_s": _FITTED,
     "refit_s": _GUESS,
 }
+"""Of the H100's rates. Other kinds take over the fitted shares and times (logits scaled by memory bandwidth), the CPU's
+rates are all assumed."""
 
 
 @dataclass(frozen=True)

@@ -77,17 +77,19 @@ class PolicyWork:
         return slowest
 
     def _micro_batch_s(self, count: int, width: int, train: bool) -> float:
-        """Seconds of one stage."""
+        """Seconds of one stage; the last one's softmax sets the pace of all."""
         t, p = self.parallel.tensor, self.parallel.pipeline
         tokens, full = count * width, self.config.policy.recompute == "full"
         layers = layer_flops(self.shape, tokens, width)
         flops = (4 if full else 3) * layers + 3 * head_flops(self.shape, tokens) if train else layers
         flops += 0 if train else head_flops(self.shape, tokens)
-        mfu = self.rates.train_mfu if train else self.rates.forward_mfu
+        rates = self.rates
+        mfu, logit_s = (rates.train_mfu, rates.logit_train_s) if train else (rates.forward_mfu, rates.logit_forward_s)
+        logits_s = tokens * self.shape.padded_vocab(t) / t * logit_s
         # Two all-reduces a layer each way (with sequence parallelism as gather and scatter, once more in backward).
         passes = (2 + full + 0.5 * self.parallel.sequence_parallel) if train else 1
         reduced = 2 * passes * self.shape.layers / p * tokens * self.shape.hidden * self.element * 2 * (t - 1) / t
-        return flops / (t * p) / (self.rates.peak_tflops * 1e12 * mfu) + reduced / (self.rates.link_gbs * 1e9)
+        return logits_s + flops / (t * p) / (rates.peak_tflops * 1e12 * mfu) + reduced / (rates.link_gbs * 1e9)
 
     def update_s(self) -> float:
         """One optimizer update: gradients reduced, shares stepped, weights gathered."""
