@@ -34,12 +34,11 @@ class Placement:
 def nodes_of(ray_nodes: Iterable[Mapping[str, Any]]) -> list[Node]:
     """The living nodes of `ray.nodes()` by index; nodes that have none, of a cluster that others started, come last."""
     alive = sorted((each for each in ray_nodes if each["Alive"]), key=lambda each: str(each["NodeManagerAddress"]))
-    placed, others = [], []
-    for each in alive:
-        index = [int(name.removeprefix(INDEX)) for name in each["Resources"] if name.startswith(INDEX)]
-        (placed if index else others).append((index, each))
+    indices = [
+        [int(name.removeprefix(INDEX)) for name in each["Resources"] if name.startswith(INDEX)] for each in alive
+    ]
     found = []
-    for position, (index, each) in enumerate(placed + others):
+    for position, (index, each) in enumerate(sorted(zip(indices, alive, strict=True), key=lambda pair: not pair[0])):
         resources = each["Resources"]
         hardware = (float(resources.get("GPU", 0.0)), frozenset(ROLES) & frozenset(resources))
         where = (each["NodeID"], each["NodeManagerAddress"], index[0] if index else position)
