@@ -191,8 +191,12 @@ class Job:
                 driver.send_signal(signal.SIGUSR1 if self.asked == life.TIME_LIMIT else signal.SIGTERM)
                 passed_on = self.asked
             if give_up is None and self._ray_ended():
-                say(f"lost: {self._lost_nodes()}; the driver has {NODE_LOST_S:g} s to notice and save")
-                give_up = time.monotonic() + NODE_LOST_S
+                # scancel ends all steps at once, and us shortly after: nothing can be saved without Ray.
+                left = 0.0 if self.asked == life.CANCEL else NODE_LOST_S
+                say(
+                    f"Ray has ended on {', '.join(self._lost_nodes()) or 'all nodes'}; the driver has {left:g} s to save"
+                )
+                give_up = time.monotonic() + left
             out_of_time = limit is not None and time.time() > limit - REQUEUE_BEFORE_S
             if out_of_time or (give_up is not None and time.monotonic() > give_up):
                 if out_of_time:

@@ -167,7 +167,7 @@ def test_a_bad_node_is_named_and_avoided_and_a_cancelled_job_leaves_nothing(
     slurm_cluster.run("scancel", job.id)
     job.wait_state("CANCELLED")
     job.wait_gone()
-    assert "not requeued (cancelled" in job.log()
+    job.wait_said("not requeued (cancelled")
 
 
 def test_bad_input_ends_the_job_before_ray_starts(submit: Submit) -> None:
@@ -181,7 +181,7 @@ def test_bad_input_ends_the_job_before_ray_starts(submit: Submit) -> None:
 def test_an_error_of_the_runs_own_is_not_tried_again(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def compute_score(*a, **k):\n    raise RuntimeError('broken reward')\n")
     job = submit(
-        "baseline_7b", 2, "cluster.genrm_nodes=0", f"reward.compute_score={tmp_path}/reward.py:compute_score"
+        "baseline_7b", 2, "cluster.genrm_nodes=0", "genrm.enabled=false", f"reward.compute_score={tmp_path}/reward.py:compute_score"
     )  # fmt: skip
     job.wait_state("FAILED")
     assert job.cluster.job(job.id)["ExitCode"] == "1:0"
