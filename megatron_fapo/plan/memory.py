@@ -263,7 +263,7 @@ def checkpoint_host_bytes(shape: ModelShape, parallel: ParallelConfig, ranks_of_
     on each data rank, and one gathered copy more."""
     stages = (0, parallel.pipeline - 1)
     elements = max(buffer_elements(tensor_sizes(shape, parallel, stage), parallel.data) for stage in stages)
-    return min(ranks_of_node, parallel.world_size) * (3 + 2 + 3 // parallel.data) * 4 * elements
+    return int(min(ranks_of_node, parallel.world_size) * (3 + 2 + 3 / parallel.data) * 4 * elements)
 
 
 def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int, element: int) -> int:
