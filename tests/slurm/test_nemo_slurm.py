@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,27 @@ def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmC
     nemo = str(Path(sys.executable).with_name("nemo"))
     answer = slurm_cluster.run(nemo, "experiment", "status", status[2], NEMORUN_HOME=status[1])
     assert answer.count("SUCCEEDED") == 3, answer
+
+
+def test_a_warned_job_is_requeued_and_followed_to_its_end(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "policy"
+
+    def warn() -> None:
+        slurm_cluster.wait(lambda: (run / "metrics.jsonl").exists() and read_metrics(run), 900, "no step was taken")
+        (job,) = slurm_cluster.run("squeue", "-h", "-t", "RUNNING", "--name=fapo.train", "-o", "%i").split()
+        slurm_cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+    with ThreadPoolExecutor() as pool:
+        warned = pool.submit(warn)
+        result = launch(slurm_cluster, tmp_path, "-c", str(policy_config(tmp_path, steps=40)))
+        warned.result()
+    assert result.returncode == 0, result.stdout[-6000:]
+    job = slurm_cluster.job(jobs(result.stdout)["train"])
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 41))
+    # Both attempts were shown, in order.
+    first, again = (result.stdout.index(text) for text in ("decision: requeued", "decision: not requeued"))
+    assert first < result.stdout.index("resumed from") < again
 
 
 def test_what_waits_for_a_failed_task_is_cancelled(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
