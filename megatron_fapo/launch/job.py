@@ -84,8 +84,10 @@ class Job:
         return self._finish()
 
     def _on_signal(self, number: int, _: object) -> None:
-        # A cancelled job gets SIGTERM whatever came before.
-        self.asked = life.TIME_LIMIT if number == signal.SIGUSR1 and self.asked is None else life.CANCEL
+        if number == signal.SIGTERM:  # whatever came before
+            self.asked = life.CANCEL
+        elif self.asked is None:
+            self.asked = life.TIME_LIMIT
         say(f"{signal.Signals(number).name}: {self.asked}")
 
     def _start(self, nodes: Sequence[str], *command: str, output: str | None = None) -> subprocess.Popen[bytes]:
@@ -193,9 +195,8 @@ class Job:
             if give_up is None and self._ray_ended():
                 # scancel ends all steps at once, and us shortly after: nothing can be saved without Ray.
                 left = 0.0 if self.asked == life.CANCEL else NODE_LOST_S
-                say(
-                    f"Ray has ended on {', '.join(self._lost_nodes()) or 'all nodes'}; the driver has {left:g} s to save"
-                )
+                where = ", ".join(self._lost_nodes()) or "all nodes"
+                say(f"Ray has ended on {where}; the driver has {left:g} s to save")
                 give_up = time.monotonic() + left
             out_of_time = limit is not None and time.time() > limit - REQUEUE_BEFORE_S
             if out_of_time or (give_up is not None and time.monotonic() > give_up):

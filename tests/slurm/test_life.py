@@ -34,8 +34,9 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 def submit(slurm_cluster: SlurmCluster, tmp_path: Path, prompts: str) -> Iterator[Submit]:
     jobs = []
 
-    def start(script: str, nodes: int, *arguments: str, **env: str) -> Job:
-        jobs.append(Job(slurm_cluster, tmp_path, script, nodes, prompts, *arguments, **env))
+    def start(script: str, nodes: int, *arguments: str, place: str = ".", **env: str) -> Job:
+        (tmp_path / place).mkdir(exist_ok=True)
+        jobs.append(Job(slurm_cluster, tmp_path / place, script, nodes, prompts, *arguments, **env))
         return jobs[-1]
 
     yield start
@@ -180,11 +181,40 @@ def test_bad_input_ends_the_job_before_ray_starts(submit: Submit) -> None:
 
 def test_an_error_of_the_runs_own_is_not_tried_again(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def compute_score(*a, **k):\n    raise RuntimeError('broken reward')\n")
-    job = submit(
-        "baseline_7b", 2, "cluster.genrm_nodes=0", "genrm.enabled=false", f"reward.compute_score={tmp_path}/reward.py:compute_score"
-    )  # fmt: skip
+    broken = f"reward.compute_score={tmp_path}/reward.py:compute_score"
+    job = submit("baseline_7b", 2, "cluster.genrm_nodes=0", "genrm.enabled=false", broken)
     job.wait_state("FAILED")
     assert job.cluster.job(job.id)["ExitCode"] == "1:0"
     assert "not requeued (the run failed by an error of its own" in job.log()
     assert "unscored" in job.log()
     job.wait_gone()
+
+
+def test_two_runs_share_the_judge_service_of_a_third_job(
+    slurm_cluster: SlurmCluster, submit: Submit, tmp_path: Path
+) -> None:
+    address = tmp_path / "service" / "rendezvous.json"
+    (tmp_path / "service").mkdir()
+    service = Job(
+        slurm_cluster, tmp_path / "service", "genrm_serve", 1, "--rendezvous", str(address),
+        "cluster.rollout_nodes=0", "cluster.genrm_nodes=0", "genrm.tensor_parallel=1",
+    )  # fmt: skip
+    try:
+        remote = ("-c", "examples/fapo_7b_remote.yaml", "-c", TINY)
+        own = ("cluster.genrm_nodes=0", "cluster.rollout_nodes=0", "genrm.servers=0", "genrm.model_path=null")
+        more = ("training.steps=1", f"genrm.rendezvous={address}", "genrm.served_model=genrm")
+        runs = [submit("fapo_7b", 1, *remote, *own, *more, place=f"run{i}") for i in range(2)]
+        for run in runs:
+            run.wait_state("COMPLETED", "FAILED")
+            assert run.state() == "COMPLETED", run.log()[-6000:]
+            assert run.metrics()[-1]["score/judged"] > 0
+        server = json.loads(address.read_text())["urls"]
+        assert len(server) == 1
+        assert service.state() == "RUNNING"
+        assert {"127.0.0.1" in url for url in server} == {False}
+        service.signal("TERM")
+        service.wait_state("FAILED")  # with exit code 75: stopped for good
+        assert not address.exists()
+        service.wait_gone()
+    finally:
+        service.end()
