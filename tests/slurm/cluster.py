@@ -171,7 +171,7 @@ GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 JobRequeue=1
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool.%n

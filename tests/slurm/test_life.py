@@ -202,7 +202,7 @@ def test_two_runs_share_the_judge_service_of_a_third_job(
     try:
         remote = ("-c", "examples/fapo_7b_remote.yaml", "-c", TINY)
         own = ("cluster.genrm_nodes=0", "cluster.rollout_nodes=0", "genrm.servers=0", "genrm.model_path=null")
-        more = ("training.steps=1", f"genrm.rendezvous={address}", "genrm.served_model=genrm")
+        more = ("training.steps=1", f"genrm.rendezvous={address}")
         runs = [submit("fapo_7b", 1, *remote, *own, *more, place=f"run{i}") for i in range(2)]
         for run in runs:
             run.wait_state("COMPLETED", "FAILED")
