@@ -20,6 +20,8 @@ from tests.training.runs import FapoProcess
 
 pytestmark = pytest.mark.timeout(1500)
 TIMINGS = ("phase_s/", "weight_sync/", "genrm/", "observe/", "verifier/")
+ONE_RANK = "policy.parallel.tensor=1"
+"""Each rank imports megatron, which two cores notice."""
 Submit = Callable[..., Job]
 
 
@@ -114,7 +116,7 @@ def _nodes_of(job: Job, role: str) -> set[str]:
 
 def test_every_process_of_a_running_job_may_die(submit: Submit) -> None:
     job = submit(
-        "baseline_7b", 2, "cluster.genrm_nodes=0", "cluster.idle_restarts=9", "genrm.enabled=false",
+        "baseline_7b", 2, "cluster.genrm_nodes=0", "cluster.idle_restarts=9", "genrm.enabled=false", ONE_RANK,
         "training.steps=100000", "training.checkpoint.every_steps=1",
     )  # fmt: skip
     deaths = (
@@ -155,7 +157,7 @@ def test_a_bad_node_is_named_and_avoided_and_a_cancelled_job_leaves_nothing(
     mount = ["nsenter", "-t", str(slurmd), "-m", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path / "logs")]
     subprocess.run(mount, check=True)
     try:
-        job = submit("fapo_7b", 3, FAPO_CANARY_S="5")
+        job = submit("fapo_7b", 3, ONE_RANK, FAPO_CANARY_S="5")
         job.wait_said("decision: requeued (preflight refused node2)")
         assert re.search(r"^node2: sent no report", job.log(), re.M)
         assert "the next attempt avoids node2" in job.log()
@@ -182,7 +184,7 @@ def test_bad_input_ends_the_job_before_ray_starts(submit: Submit) -> None:
 def test_an_error_of_the_runs_own_is_not_tried_again(submit: Submit, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def compute_score(*a, **k):\n    raise RuntimeError('broken reward')\n")
     broken = f"reward.compute_score={tmp_path}/reward.py:compute_score"
-    job = submit("baseline_7b", 2, "cluster.genrm_nodes=0", "genrm.enabled=false", broken)
+    job = submit("baseline_7b", 2, "cluster.genrm_nodes=0", "genrm.enabled=false", ONE_RANK, broken)
     job.wait_state("FAILED")
     assert job.cluster.job(job.id)["ExitCode"] == "1:0"
     assert "not requeued (the run failed by an error of its own" in job.log()
@@ -203,7 +205,7 @@ def test_two_runs_share_the_judge_service_of_a_third_job(
         remote = ("-c", "examples/fapo_7b_remote.yaml", "-c", TINY)
         own = ("cluster.genrm_nodes=0", "cluster.rollout_nodes=0", "genrm.servers=0", "genrm.model_path=null")
         more = ("training.steps=1", f"genrm.rendezvous={address}")
-        runs = [submit("fapo_7b", 1, *remote, *own, *more, place=f"run{i}") for i in range(2)]
+        runs = [submit("fapo_7b", 1, *remote, *own, *more, ONE_RANK, place=f"run{i}") for i in range(2)]
         for run in runs:
             run.wait_state("COMPLETED", "FAILED")
             assert run.state() == "COMPLETED", run.log()[-6000:]

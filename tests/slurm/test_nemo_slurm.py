@@ -36,7 +36,7 @@ def jobs(output: str) -> dict[str, str]:
 
 
 def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    """Three jobs that wait for one another; the second job's product is the third's GenRM."""
+    """Three jobs that wait for one another; the second makes the GenRM of the third, which is warned and goes on."""
     runs = tmp_path / "runs"
     file = tmp_path / "chain.yaml"
     tasks = [
@@ -51,13 +51,23 @@ def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmC
         {
             "name": "policy",
             "verb": "train",
-            "config": [str(policy_config(tmp_path, steps=1))],
+            "config": [str(policy_config(tmp_path, steps=40))],
             "overrides": [f"genrm.model_path={runs}/genrm/hf"],
             "after": ["export"],
         },
     ]
     file.write_text(json.dumps({"tasks": tasks}))
-    result = launch(slurm_cluster, tmp_path, "--experiment", str(file))
+
+    def warn() -> None:
+        metrics = runs / "policy" / "metrics.jsonl"
+        slurm_cluster.wait(lambda: metrics.exists() and read_metrics(runs / "policy"), 900, "no step was taken")
+        (job,) = slurm_cluster.run("squeue", "-h", "-t", "RUNNING", "--name=fapo.policy", "-o", "%i").split()
+        slurm_cluster.run("scancel", "--batch", "--signal=USR1", job)
+
+    with ThreadPoolExecutor() as pool:
+        warned = pool.submit(warn)
+        result = launch(slurm_cluster, tmp_path, "--experiment", str(file))
+        warned.result()
     assert result.returncode == 0, result.stdout[-6000:]
     ids = jobs(result.stdout)
     ended = {name: slurm_cluster.job(job) for name, job in ids.items()}
@@ -67,36 +77,18 @@ def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmC
     assert (runs / "genrm" / "hf" / "config.json").exists()
     assert not (runs / "genrm" / "hf.partial").exists()
     assert load_config([runs / "policy" / "config.yaml"], []).config.genrm.model_path == f"{runs}/genrm/hf"
-    assert [record["step"] for record in read_metrics(runs / "policy")] == [1]
-    # Followed to the end, and NeMo-Run knows the experiment.
+    assert [record["step"] for record in read_metrics(runs / "policy")] == list(range(1, 41))
+    assert ended["policy"]["Restarts"] == "1"
+    # Followed to the end, both attempts in order, and NeMo-Run knows the experiment.
     assert result.stdout.count("decision: not requeued (the run is complete)") == 2
+    requeued, done = (result.stdout.rindex(text) for text in ("decision: requeued", "decision: not requeued"))
+    assert requeued < result.stdout.rindex("resumed from") < done
     status = re.search(r"NEMORUN_HOME=(\S+) nemo experiment status (\S+)", result.stdout)
     assert status is not None
     assert Path(status[1]) == runs / ".nemo_run"
     nemo = str(Path(sys.executable).with_name("nemo"))
     answer = slurm_cluster.run(nemo, "experiment", "status", status[2], NEMORUN_HOME=status[1])
     assert answer.count("SUCCEEDED") == 3, answer
-
-
-def test_a_warned_job_is_requeued_and_followed_to_its_end(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "policy"
-
-    def warn() -> None:
-        slurm_cluster.wait(lambda: (run / "metrics.jsonl").exists() and read_metrics(run), 900, "no step was taken")
-        (job,) = slurm_cluster.run("squeue", "-h", "-t", "RUNNING", "--name=fapo.train", "-o", "%i").split()
-        slurm_cluster.run("scancel", "--batch", "--signal=USR1", job)
-
-    with ThreadPoolExecutor() as pool:
-        warned = pool.submit(warn)
-        result = launch(slurm_cluster, tmp_path, "-c", str(policy_config(tmp_path, steps=40)))
-        warned.result()
-    assert result.returncode == 0, result.stdout[-6000:]
-    job = slurm_cluster.job(jobs(result.stdout)["train"])
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
-    assert [record["step"] for record in read_metrics(run)] == list(range(1, 41))
-    # Both attempts were shown, in order.
-    first, again = (result.stdout.index(text) for text in ("decision: requeued", "decision: not requeued"))
-    assert first < result.stdout.index("resumed from") < again
 
 
 def test_what_waits_for_a_failed_task_is_cancelled(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:

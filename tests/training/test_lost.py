@@ -1,4 +1,5 @@
-"""Processes of a real run are killed in turn: who was lost is said in one message, and `--resume auto` goes on."""
+"""Processes of a real run are killed in turn: who was lost is said in one message, and `--resume auto` goes on. More of
+them are killed in tests/slurm."""
 
 from __future__ import annotations
 
@@ -95,10 +96,10 @@ def test_whoever_is_killed_is_named_and_the_next_attempt_goes_on(tmp_path: Path,
         "run_dir": str(tmp_path / "run"),
         "device": "cpu",
         "data": {"train": [str(tmp_path / "data" / "train.jsonl")], "max_prompt_tokens": 160},
-        "policy": {"model_path": str(tmp_path / "model"), "parallel": {"tensor": 2}},
+        "policy": {"model_path": str(tmp_path / "model"), "parallel": {"tensor": 1}},
         "rollout": {"samples_per_prompt": 4, "max_response_tokens": 24, "cpu_kv_cache_gb": 0.05},
-        "genrm": {"model_path": str(tmp_path / "model"), "max_tokens": 16, "max_model_len": 768, "deadline_s": 3},
-        "reward": {"overlong": {"enabled": False}, "verifier_processes": 1, "max_unscored_share": 1.0},
+        "genrm": {"enabled": False},
+        "reward": {"overlong": {"enabled": False}, "verifier_processes": 1},
         "training": {
             "steps": 500,
             "prompts_per_step": 4,
@@ -108,28 +109,23 @@ def test_whoever_is_killed_is_named_and_the_next_attempt_goes_on(tmp_path: Path,
         },
     }
     config = ["-c", str(write_config(tmp_path / "run.yaml", values)), "--resume", "auto"]
-    by_rule = "genrm.enabled=false"
 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "failure.json").write_text("of an earlier attempt")
-    first = RealProcess(tmp_path, started, "first", *config, by_rule)
+    first = RealProcess(tmp_path, started, "first", *config)
     first.kill(1, "ray::PolicyActor")
     found = first.failure()
     assert (found["role"], found["what"]) == ("policy", "its process is gone")
     assert found["step"] >= 1
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*")), "a policy that is gone cannot be saved"
 
-    second = RealProcess(tmp_path, started, "second", *config, by_rule)  # anew, though there are metrics
+    second = RealProcess(tmp_path, started, "second", *config)  # anew, though there are metrics
     second.kill(2, "VLLM::EngineCore")
     found = second.failure()
     assert (found["role"], found["what"]) == ("rollout", "its vLLM processes are gone")
     saved = max((tmp_path / "run" / "checkpoints").glob("step_*")).name
     assert saved == f"step_{found['step']:06d}", "the finished steps were saved"
 
-    third = RealProcess(tmp_path, started, "third", *config)
-    third.kill(found["step"] + 1, "megatron_fapo.genrm.server_process")
-    found = third.failure()
-    assert (found["role"], found["what"]) == ("genrm", "it has ended")
     steps = [record["step"] for record in read_metrics(tmp_path / "run")]
     assert steps == list(range(1, int(found["step"]) + 1)), "each step once, over all attempts"
 
