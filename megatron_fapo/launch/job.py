@@ -242,6 +242,7 @@ class Job:
         failure = None if self.run_dir is None else self.run_dir / "failure.json"
         evidence = life.Evidence(
             asked=self.asked,
+            slurm_requeued=slurm.requeues(self.id) > self.attempt,
             failure=json.loads(failure.read_text()) if failure is not None and failure.exists() else None,
             start_steps=tuple(self.start_steps),
             step=self.step(),

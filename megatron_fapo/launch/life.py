@@ -29,6 +29,8 @@ class Evidence:
     """Exit code of the driver; None when it was not started, or had to be killed."""
     asked: str | None = None
     """`time limit` or `cancel`, when a signal came before the end."""
+    slurm_requeued: bool = False
+    """Slurm ended the attempt and has put the job back by itself: a node went down, or a job of higher priority came."""
     bad_input: Sequence[str] = ()
     """Problems of the configuration: they would be the same in every attempt."""
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
@@ -91,6 +93,8 @@ def _verdict(e: Evidence) -> tuple[int, bool, str]:
     """(exit code, worth another attempt, why)."""
     if e.driver == EXIT_DONE:
         return EXIT_DONE, False, "the run is complete"
+    if e.asked == CANCEL and e.slurm_requeued:
+        return EXIT_LOST, False, "a node went down or the job was preempted; the newest complete checkpoint stands"
     if e.asked == CANCEL:
         saved = "with everything saved" if e.driver == EXIT_SAVED else "the newest complete checkpoint stands"
         return EXIT_SAVED, False, f"cancelled, {saved}"
@@ -128,7 +132,8 @@ def screen(title: str, evidence: Evidence, decision: Decision, tails: Mapping[st
     if evidence.driver not in (None, EXIT_DONE, EXIT_SAVED):
         lines.append(f"driver: exit code {evidence.driver}")
     lines.append(f"newest complete checkpoint: {f'step {evidence.step}' if evidence.step >= 0 else 'none'}")
-    lines.append(f"decision: {'requeued' if decision.requeue else 'not requeued'} ({decision.why})")
+    ours = "requeued" if decision.requeue else "not requeued"
+    lines.append(f"decision: {'requeued by Slurm' if evidence.slurm_requeued else ours} ({decision.why})")
     if decision.exclude:
         lines.append(f"the next attempt avoids {', '.join(decision.exclude)}")
     for path, tail in tails.items():

@@ -52,6 +52,12 @@ def end_time(job_id: str) -> float | None:
     return datetime.datetime.fromisoformat(found.group(1)).timestamp()
 
 
+def requeues(job_id: str) -> int:
+    """How often the job has been put back into the queue, the controller's own doing included."""
+    found = re.search(r"Restarts=(\d+)", run("scontrol", "show", "job", job_id))
+    return 0 if found is None else int(found.group(1))
+
+
 def spare_nodes(partition: str, used: Sequence[str]) -> int:
     """Nodes of the partition that are neither in `used` nor down nor drained."""
     up = run("sinfo", "-h", "-N", "-p", partition, "-t", "idle,alloc,mix,comp,planned", "-o", "%N").split()

@@ -35,6 +35,7 @@ FAILURE = {"role": "rollout", "rank": 3, "node": "node2", "what": "died", "step"
         (Evidence(asked=TIME_LIMIT), EXIT_SAVED, True, ()),
         (Evidence(driver=75, asked=CANCEL), EXIT_SAVED, False, ()),
         (Evidence(asked=CANCEL, lost_nodes={"node2": "x"}), EXIT_SAVED, False, ()),
+        (Evidence(asked=CANCEL, slurm_requeued=True), EXIT_LOST, False, ()),
         (Evidence(driver=1), EXIT_FAILED, False, ()),
         (Evidence(driver=1, asked=TIME_LIMIT), EXIT_FAILED, False, ()),
         (Evidence(driver=2), EXIT_BAD_INPUT, False, ()),

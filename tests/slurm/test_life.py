@@ -71,6 +71,7 @@ def test_limit_dead_node_dead_engine_dead_server_and_the_run_ends_as_if_nothing_
     job.wait_step(saved + 1)
     dead = job.nodes()[1]
     slurm_cluster.run("scontrol", "update", f"nodename={dead}", "state=down", "reason=test")
+    job.wait_said("decision: requeued by Slurm (a node went down")
     job.wait_attempt(2)
     assert dead not in job.nodes()
 
