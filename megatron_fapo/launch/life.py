@@ -30,7 +30,7 @@ class Evidence:
     asked: str | None = None
     """`time limit` or `cancel`, when a signal came before the end."""
     slurm_requeued: bool = False
-    """Slurm ended the attempt and has put the job back by itself: a node went down, or a job of higher priority came."""
+    """Slurm ended the attempt and has put the job back by itself: a node went down, or it was preempted."""
     bad_input: Sequence[str] = ()
     """Problems of the configuration: they would be the same in every attempt."""
     bad_nodes: Mapping[str, str] = field(default_factory=dict)
