@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.root import Config, asks_genrm
@@ -35,6 +35,9 @@ from megatron_fapo.training.placement import missing_nodes, nodes_of, place
 from megatron_fapo.weight_sync.protocol import choose_transports, verify_due
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_SERVER_POLL_S = 5.0
 
 
 @dataclass
@@ -70,13 +73,46 @@ class Cluster:
         Raises:
             ServerDiedError: a GenRM server of ours has ended; the first that has.
         """
+        if ended := await self._ended_servers():
+            raise ended[0]
+
+    async def while_judged(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, or cancel it when no GenRM server is left: its verdicts would be waited for to their deadlines.
+
+        Raises:
+            ServerDiedError: the first server of a pool of ours alone; all have ended.
+        """
+        if not self.genrm_servers or self.config.genrm.urls or self.config.genrm.rendezvous:
+            return await work
+        task, watch = asyncio.ensure_future(work), asyncio.ensure_future(self._no_server_left())
+        try:
+            await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise watch.result()
+        finally:
+            for each in (task, watch):
+                each.cancel()
+            await asyncio.gather(task, watch, return_exceptions=True)
+
+    async def _no_server_left(self) -> ServerDiedError:
+        while True:
+            ended = await self._ended_servers()
+            if len(ended) == len(self.genrm_servers):
+                return ended[0]
+            await asyncio.sleep(_SERVER_POLL_S)
+
+    async def _ended_servers(self) -> list[ServerDiedError]:
         asked = [server.alive.remote() for server in self.genrm_servers]
         answers = await asyncio.gather(*asked, return_exceptions=True)
+        ended = []
         for process, answer in zip(self.genrm_processes, answers, strict=True):
             if isinstance(answer, BaseException):
-                raise await _server_died(process, answer) from answer
-            if not answer:
-                raise ServerDiedError(process, "it has ended", lost=True)
+                ended.append(await _server_died(process, answer))
+                ended[-1].__cause__ = answer
+            elif not answer:
+                ended.append(ServerDiedError(process, "it has ended", lost=True))
+        return ended
 
 
 class ServerDiedError(ProcessDiedError):

@@ -106,7 +106,8 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
     # Before the first step, and where the run was stopped in the middle of an evaluation.
     if evaluates and due(run.state.step, cfg.evaluation.every_steps, cfg.steps) and not run.state.evaluation:
         with run.phase("evaluate"):
-            run.state = replace(run.state, evaluation=await stop.race(evaluate(config, cluster, sets)))
+            evaluation = await stop.race(cluster.while_judged(evaluate(config, cluster, sets)))
+            run.state = replace(run.state, evaluation=evaluation)
         run.phases = {}
         run.writer.amend(run.state.step, run.state.evaluation)
         run.checkpoints.amend(run.state)
@@ -114,7 +115,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
     for step in range(run.state.step + 1, cfg.steps + 1):
         cluster.reward.begin_step(step)
         taken = run.cursor.take(cfg.prompts_per_step)
-        groups = await stop.race(rollout(config, cluster, run, taken))
+        groups = await stop.race(cluster.while_judged(rollout(config, cluster, run, taken)))
         metrics = step_metrics(groups, config.reward.task) | cluster.reward.metrics()
         if cfg.log_samples_every_steps and step % cfg.log_samples_every_steps == 0:
             write_samples(run.dir, step, [s for group in groups for s in group.samples])
@@ -150,7 +151,8 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
                 metrics |= await cluster.refit(version)
             if evaluates and due(step, cfg.evaluation.every_steps, cfg.steps):
                 with run.phase("evaluate"):
-                    run.state = replace(run.state, evaluation=await stop.race(evaluate(config, cluster, sets)))
+                    evaluation = await stop.race(cluster.while_judged(evaluate(config, cluster, sets)))
+                    run.state = replace(run.state, evaluation=evaluation)
                 metrics |= run.state.evaluation
             if due(step, cfg.checkpoint.every_steps, cfg.steps):
                 with run.phase("checkpoint"):

@@ -154,3 +154,30 @@ def test_the_first_server_that_has_ended_is_named() -> None:
         assert death.value.lost
 
     asyncio.run(scenario())
+
+
+def test_work_goes_on_while_a_server_is_left_and_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_fapo.training.cluster._SERVER_POLL_S", 0.01)
+
+    async def scenario() -> None:
+        servers = [FakeServer(True), FakeServer(False)]
+        processes = [Process("genrm", 0), Process("genrm", 1)]
+        cluster = Cluster(Config(), "cpu", genrm_servers=servers, genrm_processes=processes)
+        cancelled = False
+
+        async def work(seconds: float) -> str:
+            nonlocal cancelled
+            try:
+                await asyncio.sleep(seconds)
+            except asyncio.CancelledError:
+                cancelled = True
+                raise
+            return "done"
+
+        assert await cluster.while_judged(work(0.1)) == "done"
+        asyncio.get_running_loop().call_later(0.1, setattr, servers[0], "answer", False)
+        with pytest.raises(ServerDiedError, match=r"genrm-0 .*: it has ended"):
+            await cluster.while_judged(work(60))
+        assert cancelled
+
+    asyncio.run(scenario())
