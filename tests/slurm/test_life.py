@@ -86,9 +86,10 @@ def test_limit_dead_node_dead_engine_dead_server_and_the_run_ends_as_if_nothing_
     job.wait_attempt(3)
     step = job.metrics()[-1]["step"]
     job.wait_step(step + 1)
+    server_node = job.nodes()[2]
     os.kill(job.processes("genrm.server_process")[0], signal.SIGKILL)
     job.wait_said("requeued (a process of the run was lost)", times=2)
-    assert f"first to fail: genrm-0 on {job.nodes()[2]}" in job.log()
+    assert f"first to fail: genrm-0 on {server_node}" in job.log()
 
     job.wait_attempt(4)
     job.wait_state("COMPLETED", "FAILED")
