@@ -185,13 +185,13 @@ class Job:
 
     def _watch(self, driver: subprocess.Popen[bytes]) -> None:
         """Until the driver has ended, by itself or by us."""
-        passed_on: str | None = None
+        passed_on = False
         give_up: float | None = None
         limit = slurm.end_time(self.id)
         while driver.poll() is None:
-            if self.asked != passed_on:
-                driver.send_signal(signal.SIGUSR1 if self.asked == life.TIME_LIMIT else signal.SIGTERM)
-                passed_on = self.asked
+            if self.asked is not None and not passed_on:
+                driver.send_signal(signal.SIGUSR1)  # SIGTERM would make srun kill the step instead of passing it on
+                passed_on = True
             if give_up is None and self._ray_ended():
                 # scancel ends all steps at once, and us shortly after: nothing can be saved without Ray.
                 left = 0.0 if self.asked == life.CANCEL else NODE_LOST_S
