@@ -59,6 +59,7 @@ class Job:
         root = Path(env.get("FAPO_LOGS", "runs/slurm")).resolve()
         self.logs, self.history = root / f"{self.id}.{self.attempt}", root / f"{self.id}.json"
         self.logs.mkdir(parents=True, exist_ok=True)
+        self._pid_file = self.logs / "driver.pid"
         # In a container the image's Python has the packages, else the one that runs this.
         self.python = env.get("FAPO_CONTAINER_PYTHON", "python3") if env.get("FAPO_CONTAINER") else sys.executable
         self.asked: str | None = None
@@ -180,7 +181,10 @@ class Job:
             return
         self.env["RAY_ADDRESS"] = head
         resume = ["--resume", "auto"] if self.verb in RESUMABLE else []
-        driver = self._start(self.nodes[:1], self.python, "-m", "megatron_fapo.cli", *self.argv, *resume)
+        # Its pid, because srun passes signals on to all that a step has started: reward workers, loggers, compilers.
+        note_pid = ["bash", "-c", 'echo $$ > "$0.partial" && mv "$0.partial" "$0" && exec "$@"', str(self._pid_file)]
+        command = [self.python, "-m", "megatron_fapo.cli", *self.argv, *resume]
+        driver = self._start(self.nodes[:1], *note_pid, *command)
         self._watch(driver)
 
     def _watch(self, driver: subprocess.Popen[bytes]) -> None:
@@ -190,8 +194,7 @@ class Job:
         limit = slurm.end_time(self.id)
         while driver.poll() is None:
             if self.asked is not None and not passed_on:
-                driver.send_signal(signal.SIGUSR1)  # SIGTERM would make srun kill the step instead of passing it on
-                passed_on = True
+                passed_on = self._stop_driver()
             if give_up is None and self._ray_ended():
                 # scancel ends all steps at once, and us shortly after: nothing can be saved without Ray.
                 left = 0.0 if self.asked == life.CANCEL else NODE_LOST_S
@@ -206,6 +209,14 @@ class Job:
             time.sleep(_POLL_S)
         code = driver.returncode
         self.evidence["driver"] = code if code >= 0 else 128 - code  # as a shell has it, and srun for its task
+
+    def _stop_driver(self) -> bool:
+        """Ask the driver to save and end; False while it has not begun. It is on this node."""
+        if not self._pid_file.exists():
+            return False
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(int(self._pid_file.read_text()), signal.SIGUSR1)
+        return True
 
     def _head_address(self) -> str:
         """Where the head of Ray listens: ports that follow from the job's id, so that jobs on one node differ."""
