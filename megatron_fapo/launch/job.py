@@ -33,11 +33,18 @@ from megatron_fapo.launch.ray_node import address_towards
 
 PREFLIGHT_S = 180.0
 """For all nodes to report; a hung file system is the usual reason for none."""
+CANARY_S = 120.0
+IMAGE_S = 900.0
+"""More, where nodes may have to fetch and unpack a container image first."""
 RAY_S = 300.0
-"""For the head of Ray to listen; on cold nodes the imports alone take a minute."""
+"""For the head of Ray to listen; on cold nodes the imports alone take a minute. Likewise for the driver to begin."""
 NODE_LOST_S = 60.0
 """How long a driver may go on after a node's Ray has ended: it saves what it can, or waits in vain."""
 TEARDOWN_S = 45.0
+TOGETHER_S = 10.0
+"""Nodes whose Ray ends later than so after the first were taken along by it."""
+IDLE_RESTARTS = 2
+"""cluster.idle_restarts, while the configuration could not be read."""
 REQUEUE_BEFORE_S = 60.0
 """A driver that has not stopped so long before the time limit is given up: after the limit nothing is requeued."""
 RESUMABLE = ("train", "genrm train")
@@ -47,42 +54,13 @@ _TAIL_LINES = 25
 _POLL_S = 0.5
 
 
-class Job:
-    """One attempt of the job that SLURM_JOB_ID names."""
+class Stop:
+    """What the job was asked to do by a signal: life.TIME_LIMIT, life.CANCEL, or None."""
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str]) -> None:
-        self.argv, self.id, self.attempt = list(argv), env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0)
-        self.verb = " ".join(itertools.takewhile(str.isalpha, self.argv))
-        self.env = slurm.step_environment(env)
-        self.nodes = slurm.hostnames(env["SLURM_JOB_NODELIST"])
-        self.partition = env["SLURM_JOB_PARTITION"]
-        root = Path(env.get("FAPO_LOGS", "runs/slurm")).resolve()
-        self.logs, self.history = root / f"{self.id}.{self.attempt}", root / f"{self.id}.json"
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self._pid_file = self.logs / "driver.pid"
-        # In a container the image's Python has the packages, else the one that runs this.
-        self.python = env.get("FAPO_CONTAINER_PYTHON", "python3") if env.get("FAPO_CONTAINER") else sys.executable
+    def __init__(self) -> None:
         self.asked: str | None = None
-        self.description: dict[str, Any] = {}
-        self.steps: list[subprocess.Popen[bytes]] = []
-        self.ray: subprocess.Popen[bytes] | None = None
-        self.run_dir: Path | None = None
-        self.start_steps: list[int] = json.loads(self.history.read_text()) if self.history.exists() else []
-        self.evidence: dict[str, Any] = {}
-
-    def run(self) -> int:
-        """The whole attempt; returns the batch script's exit code."""
         signal.signal(signal.SIGUSR1, self._on_signal)
         signal.signal(signal.SIGTERM, self._on_signal)
-        say(f"job {self.id} attempt {self.attempt} on {', '.join(self.nodes)}; logs: {self.logs}")
-        try:
-            if self._preflight():
-                self._work()
-        except slurm.SlurmError as error:
-            self.evidence["overdue"] = str(error)
-        finally:
-            self._teardown()
-        return self._finish()
 
     def _on_signal(self, number: int, _: object) -> None:
         if number == signal.SIGTERM:  # whatever came before
@@ -91,8 +69,47 @@ class Job:
             self.asked = life.TIME_LIMIT
         say(f"{signal.Signals(number).name}: {self.asked}")
 
+
+class Job:
+    """One attempt of the job that SLURM_JOB_ID names."""
+
+    def __init__(self, argv: Sequence[str], env: Mapping[str, str], stop: Stop) -> None:
+        self.stop = stop
+        self.argv, self.id, self.attempt = list(argv), env["SLURM_JOB_ID"], int(env.get("SLURM_RESTART_COUNT") or 0)
+        self.verb = " ".join(itertools.takewhile(str.isalpha, self.argv))
+        self.env = slurm.step_environment(env)
+        self.nodes = slurm.hostnames(env["SLURM_JOB_NODELIST"])
+        root = Path(env.get("FAPO_LOGS", "runs/slurm")).resolve()
+        self.root, self.logs, self.history = root, root / f"{self.id}.{self.attempt}", root / f"{self.id}.json"
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self._pid_file = self.logs / "driver.pid"
+        # In a container the image's Python has the packages, else the one that runs this.
+        self.python = env.get("FAPO_CONTAINER_PYTHON", "python3") if env.get("FAPO_CONTAINER") else sys.executable
+        self.description: dict[str, Any] = {}
+        self.steps: list[subprocess.Popen[bytes]] = []
+        self.ray: subprocess.Popen[bytes] | None = None
+        self.run_dir: Path | None = None
+        self.start_steps: list[int] = json.loads(self.history.read_text()) if self.history.exists() else []
+        self.started = len(self.start_steps)
+        """Attempts before this one that are on record."""
+        self.evidence: dict[str, Any] = {}
+
+    def run(self) -> int:
+        """The whole attempt; returns the batch script's exit code."""
+        self._record_start()
+        say(f"job {self.id} attempt {self.attempt} on {', '.join(self.nodes)}; logs: {self.logs}")
+        try:
+            if self._preflight():
+                self._work()
+        except (slurm.SlurmError, OSError) as error:  # the controller, or a name that does not resolve
+            self.evidence["overdue"] = f"{self.nodes[0]}: {error}"
+        finally:
+            self._teardown()
+        return self._finish()
+
     def _start(self, nodes: Sequence[str], *command: str, output: str | None = None) -> subprocess.Popen[bytes]:
-        words = slurm.step(nodes, command, self.env, None if output is None else str(self.logs / output))
+        path = None if output is None else f"{self.logs}/{output}"
+        words = slurm.step(nodes, command, self.env, str(self.root), path)
         # A session of its own: signals of the batch shell's group are ours to pass on.
         self.steps.append(subprocess.Popen(words, env=self.env, stdin=subprocess.DEVNULL, start_new_session=True))
         return self.steps[-1]
@@ -100,7 +117,7 @@ class Job:
     def _until(self, deadline_s: float, what: str) -> Iterator[None]:
         """A turn every half second; ends when a stop is asked for, and at the deadline, which becomes evidence."""
         end = time.monotonic() + deadline_s
-        while self.asked is None:
+        while self.stop.asked is None:
             yield
             if time.monotonic() > end:
                 self.evidence["overdue"] = f"{what} after {deadline_s:g} s"
@@ -109,21 +126,26 @@ class Job:
 
     def _preflight(self) -> bool:
         """Whether the nodes and the configuration are fit for the run."""
-        module = [self.python, "-m", "megatron_fapo.launch.preflight", f"--out={self.logs}"]
-        if canary := self.env.get("FAPO_CANARY_S"):
-            module.append(f"--canary-s={canary}")
+        canary = float(self.env.get("FAPO_CANARY_S", CANARY_S))
+        module = [self.python, "-m", "megatron_fapo.launch.preflight", f"--out={self.logs}", f"--canary-s={canary}"]
         checks = self._start(self.nodes, *module, "--", *self.argv, output="preflight-%N.log")
-        for _ in self._until(PREFLIGHT_S, "preflight has not ended"):
+        deadline = max(PREFLIGHT_S, canary + 60) + (IMAGE_S if self.env.get("FAPO_CONTAINER") else 0)
+        for _ in self._until(deadline, "preflight has not ended"):
             if checks.poll() is not None:
                 break
-        if self.asked is not None:
+        if self.stop.asked is not None:
             return False
         reports = read_reports(self.logs)
         path = self.logs / "job.json"
         self.description = json.loads(path.read_text()) if path.exists() else {}
+        if not self.description:
+            self.evidence.pop("overdue", None)
+            what = f"told nothing of the job; srun ended with exit code {checks.poll()}"
+            self.evidence["bad_nodes"] = {self.nodes[0]: what}
+            return False
         if "run_dir" in self.description:
             self.run_dir = Path(self.description["run_dir"])
-        self._record_start()
+            self._record_start()
         bad_input: list[str] = list(self.description.get("problems", []))
         bad_nodes: dict[str, str] = {}
         for problem in () if bad_input else judge(reports, self.nodes):
@@ -138,8 +160,9 @@ class Job:
         if self.evidence["bad_nodes"] or self.evidence["bad_input"]:
             self.evidence.pop("overdue", None)  # nodes that did not report are named
             return False
-        if self.run_dir is None:
-            self.evidence["overdue"] = f"preflight wrote no {path}"
+        if self.run_dir is None or not self.run_dir.is_dir():
+            what = f"{self.run_dir} is no directory on {self.nodes[0]} itself: mounts of containers keep the same path"
+            self.evidence["bad_input"] = [what]
             return False
         if life.idle_attempts(self.start_steps[:-1], self.step()) > self.description["idle_restarts"]:
             self.start_steps.pop()
@@ -150,7 +173,11 @@ class Job:
         return True
 
     def _record_start(self) -> None:
-        """Keep the step at which each attempt of the job begins: Slurm requeues after node failures without asking."""
+        """Keep the step at which each attempt of the job begins: Slurm requeues after node failures without asking.
+
+        Done at once, and again when preflight has told where the checkpoints are.
+        """
+        del self.start_steps[self.started :]
         self.start_steps.append(self.step())
         beside = self.history.with_suffix(".partial")
         beside.write_text(json.dumps(self.start_steps))
@@ -177,7 +204,7 @@ class Job:
                 return
             if _listens(head):
                 break
-        if self.asked is not None or "overdue" in self.evidence:
+        if self.stop.asked is not None or "overdue" in self.evidence:
             return
         self.env["RAY_ADDRESS"] = head
         resume = ["--resume", "auto"] if self.verb in RESUMABLE else []
@@ -191,17 +218,22 @@ class Job:
         """Until the driver has ended, by itself or by us."""
         passed_on = False
         give_up: float | None = None
-        limit = slurm.end_time(self.id)
+        limit, began = slurm.end_time(self.id), time.monotonic()
         while driver.poll() is None:
-            if self.asked is not None and not passed_on:
+            if self.stop.asked is not None and not passed_on:
                 passed_on = self._stop_driver()
             if give_up is None and self._ray_ended():
                 # scancel ends all steps at once, and us shortly after: nothing can be saved without Ray.
-                left = 0.0 if self.asked == life.CANCEL else NODE_LOST_S
+                left = 0.0 if self.stop.asked == life.CANCEL else NODE_LOST_S
                 where = ", ".join(self._lost_nodes()) or "all nodes"
                 say(f"Ray has ended on {where}; the driver has {left:g} s to save")
                 give_up = time.monotonic() + left
+            if not self._pid_file.exists() and time.monotonic() > began + RAY_S:
+                self.evidence["overdue"] = f"the driver's step has not begun after {RAY_S:g} s"
+                return
             out_of_time = limit is not None and time.time() > limit - REQUEUE_BEFORE_S
+            if out_of_time and (moved := slurm.end_time(self.id)) != limit:  # somebody has given the job more time
+                limit, out_of_time = moved, False
             if out_of_time or (give_up is not None and time.monotonic() > give_up):
                 if out_of_time:
                     self.evidence["overdue"] = f"the driver did not stop until {REQUEUE_BEFORE_S:g} s before the limit"
@@ -228,7 +260,10 @@ class Job:
         raise slurm.SlurmError(f"all of the ports {ports} are taken on {self.nodes[0]}")
 
     def _lost_nodes(self) -> dict[str, str]:
-        return {r["node"]: r["what"] for r in (json.loads(p.read_text()) for p in self.logs.glob("ray-*.json"))}
+        """Nodes whose Ray ended first; others end because these have."""
+        ended = [json.loads(path.read_text()) for path in self.logs.glob("ray-*.json")]
+        first = min((each["time"] for each in ended), default=0.0)
+        return {each["node"]: each["what"] for each in ended if each["time"] <= first + TOGETHER_S}
 
     def _ray_ended(self) -> bool:
         assert self.ray is not None
@@ -252,15 +287,16 @@ class Job:
         """Decide, explain, and requeue where that is the decision."""
         failure = None if self.run_dir is None else self.run_dir / "failure.json"
         evidence = life.Evidence(
-            asked=self.asked,
-            slurm_requeued=slurm.requeues(self.id) > self.attempt,
+            asked=self.stop.asked,
+            slurm_requeued=self.stop.asked == life.CANCEL and slurm.requeues(self.id) > self.attempt,
             failure=json.loads(failure.read_text()) if failure is not None and failure.exists() else None,
             start_steps=tuple(self.start_steps),
             step=self.step(),
             **self.evidence,
         )
-        spare = slurm.spare_nodes(self.partition, self.nodes)
-        idle_restarts = self.description.get("idle_restarts", 0)
+        bad = bool(evidence.bad_nodes or evidence.lost_nodes)
+        spare = slurm.spare_nodes(self.id, self.nodes) if bad and evidence.driver != life.EXIT_DONE else 0
+        idle_restarts = self.description.get("idle_restarts", IDLE_RESTARTS)
         decision = life.decide(evidence, idle_restarts, spare, goes_on=self.verb in GOES_ON)
         print(life.screen(f"job {self.id} attempt {self.attempt}", evidence, decision, self._tails(evidence)))
         sys.stdout.flush()
@@ -303,12 +339,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: outside of a Slurm allocation.
     """
+    stop = Stop()  # first of all: the warning may come while we still ask Slurm who we are
     words = sys.argv[1:] if argv is None else list(argv)
-    absent = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION") if name not in os.environ]
+    absent = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST") if name not in os.environ]
     if absent or not words:
         print(f"job: runs inside of a Slurm job ({', '.join(absent)} unset); submit slurm/*.sbatch or use fapo launch")
         return life.EXIT_BAD_INPUT
-    return Job(words, os.environ).run()
+    return Job(words, os.environ, stop).run()
 
 
 if __name__ == "__main__":

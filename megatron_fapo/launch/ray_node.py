@@ -10,10 +10,10 @@ SIGUSR2 and SIGTERM end it. When Ray ends by itself, `ray-NODE.json` in DIR says
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,12 +61,20 @@ def wait_for_port(address: str, deadline_s: float, asked: Callable[[], bool] = l
             time.sleep(_POLL_S)
 
 
+def temporary_directory() -> Path:
+    """Where this attempt's Ray keeps sockets, logs and spilled objects of the node: nobody else's, and short, because
+    socket paths end at 107 characters."""
+    job, attempt = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return Path(f"/tmp/fapo-{os.getuid()}") / f"{job}.{attempt}"
+
+
 def ray_command(index: int, head: str, address: str, roles: Sequence[str], args: argparse.Namespace) -> list[str]:
     """`ray start` for a node: ports that other jobs on the node do not use, roles as resources."""
     resources = dict.fromkeys(roles, MEMBER) | {f"fapo_node_{index}": 1}
     port = int(head.rpartition(":")[2])
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={address}"]
-    words += ["--disable-usage-stats", f"--resources={json.dumps(resources)}", f"--num-gpus={args.gpus}"]
+    words += [f"--temp-dir={temporary_directory()}", "--disable-usage-stats"]
+    words += [f"--resources={json.dumps(resources)}", f"--num-gpus={args.gpus}"]
     words += [f"--dashboard-agent-listen-port={port + 1}", f"--metrics-export-port={port + 2}"]
     if args.object_store_mb:
         words.append(f"--object-store-memory={args.object_store_mb * 2**20}")
@@ -96,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGUSR2, end)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    temporary_directory().mkdir(parents=True, exist_ok=True)
     guard = Guard()
     log = args.out / f"ray-{node}.log"
     try:
@@ -130,15 +139,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         beside.write_text(json.dumps({"node": node, "what": ended, "time": time.time()}))
         beside.rename(args.out / f"ray-{node}.json")
     guard.release()
+    shutil.rmtree(temporary_directory(), ignore_errors=True)  # what a dying process still writes goes with the next
     return 0 if asked else 1
 
 
 def _append_ray_logs(log: Path) -> None:
     """What Ray's own processes said last: their logs vanish with the node."""
     with log.open("a") as output:
-        for path in sorted(glob.glob("/tmp/ray/session_latest/logs/*")):
-            if os.path.basename(path).startswith(("raylet", "gcs_server")) and os.path.getsize(path):
-                with open(path, errors="replace") as file:
+        for path in sorted(temporary_directory().glob("session_latest/logs/*")):
+            if path.name.startswith(("raylet", "gcs_server")) and path.stat().st_size:
+                with path.open(errors="replace") as file:
                     grave = [line for line in file if _GRAVE.match(line)]
                 output.write(f"--- {path}\n" + "".join(grave[-_LOG_LINES:]))
 

@@ -2,7 +2,7 @@
 directory, and nothing left after `stop`.
 
 Every node is a slurmd in network, host name and mount namespaces of its own, so that it has its own address, ports and
-/tmp/ray, as machines have. GPUs are pretended (device files that are /dev/null): Slurm counts and hands them out.
+directory of Ray, as machines have. GPUs are pretended (device files that are /dev/null): Slurm counts and hands them out.
 Accounting (slurmdbd on MariaDB) runs too: NeMo-Run learns a job's state from sacct.
 """
 
@@ -249,12 +249,12 @@ StorageLoc=slurm_acct
             f"ip -n {space} route add default via {self._net}.254",
         ):
             self.run(*command.split())
-        Path("/tmp/ray").mkdir(exist_ok=True)
+        Path("/tmp/fapo-0").mkdir(exist_ok=True)
         own = f"""
             hostname {name}
             mount --bind {self.root}/hosts /etc/hosts
             mount --bind {self.root}/nsswitch.conf /etc/nsswitch.conf
-            mount -t tmpfs tmpfs /tmp/ray
+            mount -t tmpfs tmpfs /tmp/fapo-0
             exec slurmd -N {name}"""
         self.run("ip", "netns", "exec", space, "unshare", "-u", "-m", "bash", "-ec", own)
 

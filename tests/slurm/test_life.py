@@ -125,8 +125,8 @@ def test_every_process_of_a_running_job_may_die(submit: Submit) -> None:
         # whose process, what the screen says, whether a node is avoided afterwards
         (r"^\S*python\S* -m megatron_fapo.cli train", r"the driver was killed by signal 9", False),
         (r"ray::PolicyActor", r"first to fail: policy-\d on NODE0 .*its process is gone", False),
-        (r"raylet/raylet .*fapo_node_1", r"NODE1: Ray ended with exit code 1[\s\S]*avoids NODE1", True),
-        (r"gcs/gcs_server", r"NODE0: Ray ended with exit code 1[\s\S]*avoids NODE0", True),
+        (r"raylet/raylet .*fapo_node_1", r"NODE1: Ray ended with exit code 1[\s\S]*avoids NODE1$", True),
+        (r"gcs/gcs_server", r"NODE0: Ray ended with exit code 1[\s\S]*avoids NODE0$", True),
     )
     avoided: list[str] = []
     for attempt, (pattern, said, avoids) in enumerate(deaths):
@@ -140,7 +140,7 @@ def test_every_process_of_a_running_job_may_die(submit: Submit) -> None:
         job.wait_said("decision: requeued", times=attempt + 1)
         for index, node in enumerate(nodes):
             said = said.replace(f"NODE{index}", node)
-        assert re.search(said, job.log()[seen:]), job.log()[seen:]
+        assert re.search(said, job.log()[seen:], re.M), job.log()[seen:]
         avoided += [nodes[1 if "fapo_node_1" in pattern else 0]] if avoids else []
     job.wait_attempt(len(deaths))
     job.wait_step(job.metrics()[-1]["step"] + 1)
