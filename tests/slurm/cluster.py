@@ -2,8 +2,8 @@
 directory, and nothing left after `stop`.
 
 Every node is a slurmd in network, host name and mount namespaces of its own, so that it has its own address, ports and
-directory of Ray, as machines have. GPUs are pretended (device files that are /dev/null): Slurm counts and hands them out.
-Accounting (slurmdbd on MariaDB) runs too: NeMo-Run learns a job's state from sacct.
+directory of Ray, as machines have. GPUs are pretended (device files that are /dev/null): Slurm counts and hands them
+out. Accounting (slurmdbd on MariaDB) runs too: NeMo-Run learns a job's state from sacct.
 """
 
 from __future__ import annotations
