@@ -120,15 +120,10 @@ class _Room:
 
 
 def _fill(room: _Room, nodes: Sequence[Node], ranks: int, tensor: int, problems: list[str]) -> tuple[Node, ...]:
-    places = [node for node in nodes for _ in range(room.fits(node, 1))][:ranks]
+    places = [node for node in nodes for _ in range(room.fits(node, 1) // tensor * tensor)][:ranks]
     if len(places) < ranks:
-        problems.append(f"policy.parallel: {ranks} ranks, and {_names(nodes)} for {len(places)}")
-    torn = [i for i in range(0, len(places), tensor) if len({node.id for node in places[i : i + tensor]}) > 1]
-    if torn:
-        problems.append(
-            f"policy.parallel.tensor: the group of ranks {torn[0]} to {torn[0] + tensor - 1} would straddle nodes: "
-            f"{tensor} must divide the ranks of each node"
-        )
+        groups = f" in tensor groups of {tensor}, each on one node" if tensor > 1 else ""
+        problems.append(f"policy.parallel: {ranks} ranks{groups}, and {_names(nodes)} for {len(places)}")
     for node in places:
         room.take(node, 1)
     return tuple(places)

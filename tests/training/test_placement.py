@@ -95,8 +95,12 @@ def test_a_cluster_configuration_on_one_machine_is_pointed_to_the_job() -> None:
 
 
 def test_a_tensor_group_is_not_torn() -> None:
-    with pytest.raises(UserError, match="ranks 6 to 8 would straddle nodes: 3 must divide"):
-        placed(make_config((3, 1, 3), (1, 1), (1, 1)), make_nodes("train", "train", "rollout"))
+    plan = placed(make_config((3, 1, 3)), make_nodes("train", "train", "rollout"))
+    assert indices(plan.policy) == [0] * 6 + [1] * 3
+    plan = placed(make_config((4, 1, 2)), make_nodes("train", "train", "rollout", gpus=6))
+    assert indices(plan.policy) == [0] * 4 + [1] * 4
+    with pytest.raises(UserError, match=r"8 ranks in tensor groups of 8, each on one node, and nodes .* for 0"):
+        placed(make_config((8, 1, 1)), make_nodes("train", "train", "rollout", gpus=6))
     assert indices(placed(make_config((3, 1, 3)), make_nodes("train", "train"), "cpu").policy) == [0] * 6 + [1] * 3
 
 
