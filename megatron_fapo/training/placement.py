@@ -79,15 +79,20 @@ def place(config: Config, nodes: Sequence[Node], device: str, *, policy: bool, r
         _spread(room, generate, engines, config.rollout.tensor_parallel, "rollout.replicas", problems),
         _spread(room, judge, servers, config.genrm.tensor_parallel, "genrm.servers", problems),
     )
+    if room.counted and config.gpu_share < 1 and ranks > 1:
+        problems.append(
+            f"gpu_share={config.gpu_share:g} with {ranks} policy ranks: NCCL refuses two ranks on one card; share "
+            "cards with a policy of one rank, or set gpu_share=1"
+        )
     if problems:
         wanted = config.cluster.nodes
         hint = (
             f"; `cluster` has {wanted} nodes, and this is one: submit the run as a job" if wanted > len(nodes) else ""
         )
-        raise UserError(
-            "the nodes cannot hold the run:\n- " + "\n- ".join(problems) + "\nlower these, give the role more nodes "
-            f"in `cluster`, or let processes share cards with gpu_share (0.33 puts three on one){hint}"
-        )
+        more = "or give the role more nodes in `cluster`"
+        if ranks <= 1:
+            more += ", or let processes share cards with gpu_share (0.33 puts three on one)"
+        raise UserError(f"the nodes cannot hold the run:\n- {'\n- '.join(problems)}\nlower these, {more}{hint}")
     return placement
 
 

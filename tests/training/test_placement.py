@@ -113,6 +113,16 @@ def test_shares_of_a_card_and_whole_cards_are_not_given_twice() -> None:
         placed(make_config((1, 1, 1), (1, 2), (1, 1), gpu_share=0.33), make_nodes("", gpus=2))
 
 
+def test_two_policy_ranks_never_share_a_card() -> None:
+    with pytest.raises(UserError, match="2 policy ranks: NCCL refuses two") as refusal:
+        placed(make_config((1, 1, 2), gpu_share=0.5), make_nodes(""))
+    assert "let processes share" not in str(refusal.value)
+    with pytest.raises(UserError, match="let processes share cards with gpu_share"):
+        placed(make_config(), make_nodes("", gpus=1))
+    placed(make_config((1, 1, 2), gpu_share=0.5), make_nodes(""), "cpu")
+    place(make_config((1, 1, 2), gpu_share=0.5), make_nodes(""), "gpu", policy=False, rollout=True, genrm=True)
+
+
 ROLE_SETS = st.sampled_from(["train", "rollout", "genrm", "train rollout genrm"])
 
 
