@@ -74,6 +74,8 @@ def is_lost(error: BaseException) -> bool:
     """Whether what Ray raised says that a process or node is gone, not that its code failed."""
     from ray import exceptions
 
+    if isinstance(error, exceptions.ActorDiedError) and error.actor_init_failed:
+        return False  # its constructor raised, and would again elsewhere
     return isinstance(error, exceptions.RayActorError | exceptions.NodeDiedError | exceptions.ActorUnschedulableError)
 
 

@@ -91,9 +91,11 @@ class RolloutPool:
             gone = isinstance(cause, VLLMDiedError)
             self._died(index, "its vLLM processes are gone" if gone else f"failed: {cause!r}", error, lost=gone)
         except ray.exceptions.RayError as error:
-            if not is_lost(error):
+            lost = is_lost(error)
+            if not lost and not isinstance(error, ray.exceptions.RayActorError):
                 raise
-            self._died(index, await how_lost(self._processes[index].node, error), error, lost=True)
+            what = await how_lost(self._processes[index].node, error) if lost else "could not be made"
+            self._died(index, what, error, lost=lost)
 
     def _died(self, index: int, what: str, error: BaseException, *, lost: bool = False) -> NoReturn:
         raise EngineDiedError(self._processes[index], what, lost=lost, detail=str(error)) from error

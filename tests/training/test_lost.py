@@ -18,7 +18,7 @@ from megatron_fapo.config.root import Config
 from megatron_fapo.data.datasets import write_testbed
 from megatron_fapo.data.tokenizer import init_tiny_model
 from megatron_fapo.observe.metrics import read_metrics
-from megatron_fapo.processes import Node, Process, ProcessDiedError
+from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
 from megatron_fapo.training.cluster import Cluster, ServerDiedError
 from megatron_fapo.training.failure import forget_failure, report_failure
 from tests.training.runs import FapoProcess, write_config
@@ -128,6 +128,14 @@ def test_whoever_is_killed_is_named_and_the_next_attempt_goes_on(tmp_path: Path,
 
     steps = [record["step"] for record in read_metrics(tmp_path / "run")]
     assert steps == list(range(1, int(found["step"]) + 1)), "each step once, over all attempts"
+
+
+def test_a_constructor_that_raises_is_code_that_failed() -> None:
+    from ray.exceptions import ActorDiedError, RayTaskError
+
+    raised = RayTaskError("__init__", "Traceback: KeyError", KeyError("x"), actor_id="a")
+    assert not is_lost(ActorDiedError(raised))
+    assert is_lost(ActorDiedError())
 
 
 class FakeServer:
