@@ -34,7 +34,7 @@ from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.training.checkpoint import CheckpointError, Checkpoints, RunState, require_space
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
-from megatron_fapo.training.failure import forget_failure, report_failure
+from megatron_fapo.training.failure import EXIT_FAILED, forget_failure, report_failure
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
 from megatron_fapo.training.step import Taken, make_groups, mini_batches, training_samples
 
@@ -138,6 +138,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         remaining = iter(samples)
         by_group = [[next(remaining) for _ in group] for group in by_group]
         updates = []
+        stop.check()  # the last place before the updates, which may take many minutes
         run.between_steps = False
         with run.phase("train"):
             for batch in mini_batches(by_group, cfg.prompts_per_mini_batch):
@@ -242,6 +243,71 @@ def log_best(run: Run) -> None:
         )
 
 
+async def run_to_end(run: Run, sets: EvaluationSets, checkpoint: Path | None, stop: StopRequest) -> int:
+    """Start the processes, train, end the processes; returns the exit code.
+
+    What ended the run is said at once: saving may hang with whatever failed, and ending processes takes minutes.
+
+    Raises:
+        Exception: what is neither a stop nor a process's end, already in failure.json unless it is for the user.
+    """
+    ended: Exception | None = None
+    code = 0
+    try:
+        async with contextlib.AsyncExitStack() as processes:
+            watch = await processes.enter_async_context(StallWatch(run.config.observe, run.dir))
+            cluster = await watch.race(stop.race(processes.enter_async_context(launch(run.config))))
+            assert cluster.policy is not None
+            if checkpoint is not None:
+                await watch.race(cluster.policy.load(checkpoint.resolve() / "policy"))
+                log.info("resumed from %s", checkpoint)
+            try:
+                await watch.race(train(run.config, cluster, run, sets, stop))
+            except Exception as error:
+                ended, code = error, report(run, error, stop)
+                try:
+                    await save_finished(run, cluster, watch, error)
+                except Exception as also:
+                    ended, code = also, report(run, also, stop)
+                    raise
+                raise
+    except Exception as error:
+        if ended is None:
+            ended, code = error, report(run, error, stop)
+        elif error is not ended:
+            log.error("the processes of the run could not be ended: %s", error, exc_info=error)
+    if isinstance(ended, StopRequestedError):
+        log.info("stopped on request after step %d; go on with --resume", run.state.step)
+    elif ended is not None and not isinstance(ended, TooManyUnscoredError | ProcessDiedError):
+        raise ended
+    return code
+
+
+def report(run: Run, error: Exception, stop: StopRequest) -> int:
+    """Say what ended the run, unless it was asked to stop or the command line says it; returns the exit code."""
+    if isinstance(error, StopRequestedError):
+        return stop.exit_code
+    return EXIT_FAILED if isinstance(error, UserError) else report_failure(run.dir, error, run.state.step)
+
+
+async def save_finished(run: Run, cluster: Cluster, watch: StallWatch, error: Exception) -> None:
+    """Keep the finished steps, whatever ended the run elsewhere.
+
+    Raises:
+        ProcessDiedError: a process ended meanwhile; not if one was what ended the run, which then is the news.
+        CheckpointError: they cannot be written.
+    """
+    lost_policy = isinstance(error, ProcessDiedError) and error.process.role == "policy"
+    if not run.between_steps or lost_policy or isinstance(error, CheckpointError):
+        return
+    try:
+        await watch.race(run.save(cluster))
+    except ProcessDiedError as also:
+        log.error("step %d could not be saved: %s", run.state.step, also)
+        if not isinstance(error, ProcessDiedError):
+            raise also from error
+
+
 Resume = Literal["newest", "auto"]
 """Go on from the newest checkpoint; `auto`: or begin anew when there is none, whatever an earlier attempt wrote."""
 
@@ -281,34 +347,8 @@ async def _train(config: Config, resume: Resume | None) -> int:
         stop = stack.enter_context(StopRequest())
         progress = stack.enter_context(Progress(config.training.steps, state.step))
         run = Run(config, cursor, state, progress, writer)
-        try:
-            async with contextlib.AsyncExitStack() as processes:
-                watch = await processes.enter_async_context(StallWatch(config.observe, run_dir))
-                cluster = await watch.race(stop.race(processes.enter_async_context(launch(config))))
-                assert cluster.policy is not None
-                if checkpoint is not None:
-                    await watch.race(cluster.policy.load(checkpoint.resolve() / "policy"))
-                    log.info("resumed from %s", checkpoint)
-                try:
-                    await watch.race(train(config, cluster, run, sets, stop))
-                except Exception as error:
-                    # Whatever ended the run elsewhere, the steps that are finished are worth keeping.
-                    lost_policy = isinstance(error, ProcessDiedError) and error.process.role == "policy"
-                    if run.between_steps and not lost_policy and not isinstance(error, CheckpointError):
-                        try:
-                            await watch.race(run.save(cluster))
-                        except ProcessDiedError as also:  # it went with a node; what ended the run is the news
-                            log.error("step %d could not be saved: %s", run.state.step, also)
-                    raise
-        except StopRequestedError:
-            log.info("stopped on request after step %d; go on with --resume", run.state.step)
-            return stop.exit_code
-        except (TooManyUnscoredError, ProcessDiedError) as error:
-            return report_failure(run_dir, error, run.state.step)
-        except Exception as error:
-            if not isinstance(error, UserError):
-                report_failure(run_dir, error, run.state.step)
-            raise
+        if code := await run_to_end(run, sets, checkpoint, stop):
+            return code
     log_best(run)
     write_report([run_dir], run_dir / "report.html")
     log.info("done: %s", run_dir / "report.html")
