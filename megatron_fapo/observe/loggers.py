@@ -67,6 +67,8 @@ class Loggers:
     """
 
     def __init__(self, config: Config, resume_step: int | None = None, sinks: list[Sink] | None = None) -> None:
+        self.failed = False
+        """Set before the end by a run that has failed without an exception."""
         known = resume_step is not None and (Path(config.run_dir) / IDS).exists()
         self._feeds = [_Feed(sink) for sink in (open_sinks(config, resume_step) if sinks is None else sinks)]
         if known:
@@ -95,7 +97,7 @@ class Loggers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close(failed=error is not None)
+        self.close(failed=self.failed or error is not None)
 
 
 class _Feed:

@@ -35,7 +35,7 @@ from megatron_fapo.training.checkpoint import CheckpointError, Checkpoints, RunS
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
 from megatron_fapo.training.failure import EXIT_FAILED, forget_failure, report_failure
-from megatron_fapo.training.signals import StopRequest, StopRequestedError
+from megatron_fapo.training.signals import EXIT_INTERRUPTED, EXIT_SAVED, StopRequest, StopRequestedError
 from megatron_fapo.training.step import Taken, make_groups, mini_batches, training_samples
 
 log = logging.getLogger(__name__)
@@ -342,12 +342,14 @@ async def _train(config: Config, resume: Resume | None) -> int:
             raise UserError(str(error)) from error
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(MetricsWriter(run_dir, resume_step))
-        writer.followers.append(stack.enter_context(Loggers(config, resume_step)).put)
+        loggers = stack.enter_context(Loggers(config, resume_step))
+        writer.followers.append(loggers.put)
         (run_dir / "config.yaml").write_text(dump_yaml(config))
         stop = stack.enter_context(StopRequest())
         progress = stack.enter_context(Progress(config.training.steps, state.step))
         run = Run(config, cursor, state, progress, writer)
         if code := await run_to_end(run, sets, checkpoint, stop):
+            loggers.failed = code not in (EXIT_SAVED, EXIT_INTERRUPTED)
             return code
     log_best(run)
     write_report([run_dir], run_dir / "report.html")

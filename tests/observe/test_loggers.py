@@ -214,6 +214,10 @@ def test_a_run_that_fails_is_marked_so(settings):
     with pytest.raises(ZeroDivisionError), Loggers(load_config([], settings).config, None, [sink]):
         raise ZeroDivisionError
     assert sink.closed is True
+    sink = Sink()
+    with Loggers(load_config([], settings).config, None, [sink]) as ended:
+        ended.failed = True  # a failure that is an exit code
+    assert sink.closed is True
 
 
 def test_preflight_names_what_keeps_a_logger_from_starting(settings, monkeypatch):
