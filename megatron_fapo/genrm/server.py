@@ -31,6 +31,11 @@ _STOP_S = 10.0
 class ServerStartError(UserError):
     """The server did not come up; the message has the end of its log."""
 
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        """`lost`: a signal ended it or it was too slow, so that another attempt may go well; False: it gave up."""
+        super().__init__(message)
+        self.lost = lost
+
 
 class GenRMServer:
     """One server. `start` and `stop` may be repeated; a new start takes a new port."""
@@ -106,7 +111,7 @@ class GenRMServer:
             if code is not None or time.monotonic() > deadline:
                 what = f"ended with exit code {code}" if code is not None else "did not answer in time"
                 self.stop()
-                raise ServerStartError(self._message(what))
+                raise ServerStartError(self._message(what), lost=code is None or code < 0)
             time.sleep(_POLL_S)
         return f"{address}/v1"
 

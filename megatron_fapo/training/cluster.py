@@ -23,6 +23,7 @@ from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.reward_loop import RewardLoop
+from megatron_fapo.genrm.server import GenRMServer, ServerStartError
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
@@ -296,8 +297,6 @@ async def _start_genrm(
     """Start our GenRM servers, one on each of `nodes`; returns the base URLs of the whole pool."""
     if not asks_genrm(config):
         return []
-    from megatron_fapo.genrm.server import GenRMServer
-
     genrm, device = config.genrm, cluster.device
     if genrm.model_path is not None:  # actors have working directories of their own
         genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
@@ -311,19 +310,24 @@ async def _start_genrm(
         cluster.genrm_processes.append(Process("genrm", index, node, path))
         stack.push_async_callback(_stop_server, cluster.genrm_servers[-1])
 
-    async def start(process: Process, actor: Any) -> str:
-        try:
-            with WAITS.on("genrm.start", process):
-                url = str(await actor.start.remote())
-            WAITS.processes[url] = process
-            return url
-        except Exception as error:
-            if isinstance(cause := getattr(error, "cause", None), UserError):
-                raise cause from None
-            raise await _server_died(process, error) from error
-
-    starts = map(start, cluster.genrm_processes, cluster.genrm_servers)
+    starts = map(_start_server, cluster.genrm_processes, cluster.genrm_servers)
     return [*await asyncio.gather(*starts), *genrm.urls]
+
+
+async def _start_server(process: Process, actor: Any) -> str:
+    """Its base URL."""
+    try:
+        with WAITS.on("genrm.start", process):
+            url = str(await actor.start.remote())
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ServerStartError):
+            raise ServerDiedError(process, "did not start", lost=cause.lost, detail=str(cause)) from None
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise await _server_died(process, error) from error
+    WAITS.processes[url] = process
+    return url
 
 
 async def _server_died(process: Process, error: BaseException) -> ServerDiedError:

@@ -69,12 +69,14 @@ def test_server_that_ends_gives_its_last_words(checkpoint, tmp_path):
     with pytest.raises(ServerStartError, match=r"exit code 2(.|\n)*max-num-sequences") as error:
         server.start()
     assert str(log) in str(error.value)
+    assert not error.value.lost
 
 
 def test_server_that_does_not_answer_in_time_is_removed(checkpoint, tmp_path):
     server = make_server(checkpoint, tmp_path / "genrm-0.log", start_timeout_s=1.0)
-    with pytest.raises(ServerStartError, match="did not answer in time"):
+    with pytest.raises(ServerStartError, match="did not answer in time") as error:
         server.start()
+    assert error.value.lost
     assert not server.alive()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from megatron_fapo.config.root import Config
 from megatron_fapo.data.datasets import write_testbed
 from megatron_fapo.data.tokenizer import init_tiny_model
+from megatron_fapo.errors import UserError
+from megatron_fapo.genrm.server import ServerStartError
 from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
-from megatron_fapo.training.cluster import Cluster, ServerDiedError
+from megatron_fapo.training.cluster import Cluster, ServerDiedError, _start_server
 from megatron_fapo.training.failure import forget_failure, report_failure
 from tests.training.runs import FapoProcess, write_config
 
@@ -131,8 +135,6 @@ def test_whoever_is_killed_is_named_and_the_next_attempt_goes_on(tmp_path: Path,
 
 
 def test_a_constructor_that_raises_is_code_that_failed() -> None:
-    from ray.exceptions import ActorDiedError, RayTaskError
-
     raised = RayTaskError("__init__", "Traceback: KeyError", KeyError("x"), actor_id="a")
     assert not is_lost(ActorDiedError(raised))
     assert is_lost(ActorDiedError())
@@ -162,6 +164,22 @@ def test_the_first_server_that_has_ended_is_named() -> None:
         assert death.value.lost
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_server_that_does_not_start_is_a_process_that_died_and_bad_input_stays_bad_input(lost: bool) -> None:
+    class Starting:
+        def __init__(self, cause: Exception) -> None:
+            self.start, self.cause = self, cause
+
+        async def remote(self) -> str:
+            raise RayTaskError("start", "Traceback", pickle.loads(pickle.dumps(self.cause)))
+
+    with pytest.raises(ServerDiedError, match=r"genrm-2 .*: did not start\nits last words") as death:
+        asyncio.run(_start_server(Process("genrm", 2), Starting(ServerStartError("its last words", lost=lost))))
+    assert death.value.lost is lost
+    with pytest.raises(UserError, match="no model"):
+        asyncio.run(_start_server(Process("genrm", 2), Starting(UserError("no model"))))
 
 
 def test_work_goes_on_while_a_server_is_left_and_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
