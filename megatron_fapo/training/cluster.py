@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _SERVER_POLL_S = 5.0
+_ALIVE_S = 30.0
+"""For a server's actor to say that it lives; on a node that hangs it never does."""
 
 
 @dataclass
@@ -104,16 +106,8 @@ class Cluster:
             await asyncio.sleep(_SERVER_POLL_S)
 
     async def _ended_servers(self) -> list[ServerDiedError]:
-        asked = [server.alive.remote() for server in self.genrm_servers]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        ended = []
-        for process, answer in zip(self.genrm_processes, answers, strict=True):
-            if isinstance(answer, BaseException):
-                ended.append(await _server_died(process, answer))
-                ended[-1].__cause__ = answer
-            elif not answer:
-                ended.append(ServerDiedError(process, "it has ended", lost=True))
-        return ended
+        asked = map(_how_ended, self.genrm_processes, self.genrm_servers)
+        return [each for each in await asyncio.gather(*asked) if each is not None]
 
 
 class ServerDiedError(ProcessDiedError):
@@ -328,6 +322,19 @@ async def _start_server(process: Process, actor: Any) -> str:
         raise await _server_died(process, error) from error
     WAITS.processes[url] = process
     return url
+
+
+async def _how_ended(process: Process, actor: Any) -> ServerDiedError | None:
+    # Not in WAITS: it is asked every few seconds, which is no progress, and has a deadline of its own.
+    try:
+        alive = await asyncio.wait_for(actor.alive.remote(), _ALIVE_S)
+    except TimeoutError:
+        return ServerDiedError(process, f"has not answered for {_ALIVE_S:g} s", lost=True)
+    except Exception as error:
+        died = await _server_died(process, error)
+        died.__cause__ = error
+        return died
+    return None if alive else ServerDiedError(process, "it has ended", lost=True)
 
 
 async def _server_died(process: Process, error: BaseException) -> ServerDiedError:

@@ -148,6 +148,8 @@ class FakeServer:
         self.answer = answer
 
     async def remote(self) -> Any:
+        if self.answer is None:
+            await asyncio.Event().wait()
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -164,6 +166,17 @@ def test_the_first_server_that_has_ended_is_named() -> None:
         assert death.value.lost
 
     asyncio.run(scenario())
+
+
+def test_a_server_that_does_not_answer_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_fapo.training.cluster._ALIVE_S", 0.05)
+    processes = [Process("genrm", i) for i in range(3)]
+    cluster = Cluster(
+        Config(), "cpu", genrm_servers=[FakeServer(True), FakeServer(None), FakeServer(True)], genrm_processes=processes
+    )
+    with pytest.raises(ServerDiedError, match=r"genrm-1 .*: has not answered for 0.05 s") as death:
+        asyncio.run(asyncio.wait_for(cluster.require_servers(), 10))
+    assert death.value.lost
 
 
 @pytest.mark.parametrize("lost", [True, False])
