@@ -41,6 +41,8 @@ T = TypeVar("T")
 _SERVER_POLL_S = 5.0
 _ALIVE_S = 30.0
 """For a server's actor to say that it lives; on a node that hangs it never does."""
+_STOP_S = 30.0
+"""For all servers to stop; then they are killed."""
 
 
 @dataclass
@@ -294,6 +296,7 @@ async def _start_genrm(
     genrm, device = config.genrm, cluster.device
     if genrm.model_path is not None:  # actors have working directories of their own
         genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
+    stack.push_async_callback(_stop_servers, cluster.genrm_servers)
     for index, node in enumerate(nodes):
         path = Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log"
         # Two at once, so that a stop can reach a server that is still starting.
@@ -302,7 +305,6 @@ async def _start_genrm(
         options = {"device": device, "dtype": choose_dtype("auto", device), "log_path": str(path), "host": host}
         cluster.genrm_servers.append(kind.remote(genrm, **options))
         cluster.genrm_processes.append(Process("genrm", index, node, path))
-        stack.push_async_callback(_stop_server, cluster.genrm_servers[-1])
 
     starts = map(_start_server, cluster.genrm_processes, cluster.genrm_servers)
     return [*await asyncio.gather(*starts), *genrm.urls]
@@ -344,11 +346,14 @@ async def _server_died(process: Process, error: BaseException) -> ServerDiedErro
     )
 
 
-async def _stop_server(actor: Any) -> None:
+async def _stop_servers(actors: Sequence[Any]) -> None:
     import ray
 
-    stopping = asyncio.ensure_future(actor.stop.remote())
-    await asyncio.wait([stopping], timeout=30)
-    stopping.cancel()
-    await asyncio.gather(stopping, return_exceptions=True)  # of a server that is gone
-    ray.kill(actor)
+    stopping = [asyncio.ensure_future(actor.stop.remote()) for actor in actors]
+    if stopping:
+        await asyncio.wait(stopping, timeout=_STOP_S)
+    for each in stopping:
+        each.cancel()
+    await asyncio.gather(*stopping, return_exceptions=True)  # of servers that are gone
+    for actor in actors:
+        ray.kill(actor)

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.server import ServerStartError
 from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
-from megatron_fapo.training.cluster import Cluster, ServerDiedError, _start_server
+from megatron_fapo.training.cluster import Cluster, ServerDiedError, _start_server, _stop_servers
 from megatron_fapo.training.failure import forget_failure, report_failure
 from tests.training.runs import FapoProcess, write_config
 
@@ -177,6 +178,18 @@ def test_a_server_that_does_not_answer_has_ended(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ServerDiedError, match=r"genrm-1 .*: has not answered for 0.05 s") as death:
         asyncio.run(asyncio.wait_for(cluster.require_servers(), 10))
     assert death.value.lost
+
+
+def test_servers_that_hang_are_stopped_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed: list[Any] = []
+    monkeypatch.setattr("ray.kill", killed.append)
+    monkeypatch.setattr("megatron_fapo.training.cluster._STOP_S", 0.3)
+    servers = [SimpleNamespace(stop=FakeServer(answer)) for answer in (None, True, None, RuntimeError("gone"), None)]
+    began = time.monotonic()
+    asyncio.run(_stop_servers(servers))
+    assert time.monotonic() - began < 0.9, "one wait for all, not one for each"
+    assert killed == servers
+    asyncio.run(_stop_servers([]))
 
 
 @pytest.mark.parametrize("lost", [True, False])
