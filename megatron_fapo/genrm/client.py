@@ -248,14 +248,16 @@ class GenRMClient:
     async def _meet(self) -> None:
         """Waits until every server of the judge service is in the pool."""
         deadline, said = _now() + self._config.start_timeout_s, ""
-        while (problem := await self._look()) is not None:
-            if _now() > deadline:
-                waited = f"waited genrm.start_timeout_s = {self._config.start_timeout_s:g} s for the judge service"
-                raise GenRMUnavailable(f"{waited}: {problem}")
-            if problem != said:
-                log.info("waiting for the judge service: %s", problem)
-            said = problem
-            await asyncio.sleep(rendezvous.FOLLOW_S)
+        with WAITS.on("genrm.rendezvous", f"the judge service of {self._config.rendezvous}") as wait:
+            while (problem := await self._look()) is not None:
+                wait.detail = problem
+                if _now() > deadline:
+                    waited = f"waited genrm.start_timeout_s = {self._config.start_timeout_s:g} s for the judge service"
+                    raise GenRMUnavailable(f"{waited}: {problem}")
+                if problem != said:
+                    log.info("waiting for the judge service: %s", problem)
+                said = problem
+                await asyncio.sleep(rendezvous.FOLLOW_S)
 
     async def _follow(self) -> None:
         said = None

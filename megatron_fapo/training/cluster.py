@@ -226,14 +226,16 @@ async def _await_nodes(config: ClusterConfig) -> list[Node]:
     import ray
 
     nodes, deadline = nodes_of(ray.nodes()), time.monotonic() + config.start_timeout_s
-    while os.environ.get("RAY_ADDRESS") and (missing := missing_nodes(config, nodes)):
-        if time.monotonic() > deadline:
+    with WAITS.on("cluster.start", "the nodes") as wait:
+        while os.environ.get("RAY_ADDRESS") and (missing := missing_nodes(config, nodes)):
             named = ", ".join(f"{index} ({role})" for index, role in missing.items())
-            first = Process("node", next(iter(missing)), Node("", "no address", next(iter(missing))))
-            what = f"has not joined Ray within {config.start_timeout_s:g} s; missing nodes: {named}"
-            raise ProcessDiedError(first, what, lost=True)
-        await asyncio.sleep(0.5)
-        nodes = nodes_of(ray.nodes())
+            wait.whom = f"missing nodes {named}"
+            if time.monotonic() > deadline:
+                first = Process("node", next(iter(missing)), Node("", "no address", next(iter(missing))))
+                what = f"has not joined Ray within {config.start_timeout_s:g} s; missing nodes: {named}"
+                raise ProcessDiedError(first, what, lost=True)
+            await asyncio.sleep(0.5)
+            nodes = nodes_of(ray.nodes())
     return nodes
 
 

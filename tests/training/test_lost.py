@@ -17,14 +17,16 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.root import Config
 from megatron_fapo.data.datasets import write_testbed
 from megatron_fapo.data.tokenizer import init_tiny_model
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.server import ServerStartError
 from megatron_fapo.observe.metrics import read_metrics
+from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
-from megatron_fapo.training.cluster import Cluster, ServerDiedError, _start_server, _stop_servers
+from megatron_fapo.training.cluster import Cluster, ServerDiedError, _await_nodes, _start_server, _stop_servers
 from megatron_fapo.training.failure import forget_failure, report_failure
 from tests.training.runs import FapoProcess, write_config
 
@@ -139,6 +141,21 @@ def test_a_constructor_that_raises_is_code_that_failed() -> None:
     raised = RayTaskError("__init__", "Traceback: KeyError", KeyError("x"), actor_id="a")
     assert not is_lost(ActorDiedError(raised))
     assert is_lost(ActorDiedError())
+
+
+def test_nodes_that_are_missing_are_named_while_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "there")
+    monkeypatch.setattr("ray.nodes", list)
+
+    async def scenario() -> None:
+        config = ClusterConfig(train_nodes=1, rollout_nodes=1, start_timeout_s=0.6)
+        task = asyncio.create_task(_await_nodes(config))
+        await asyncio.sleep(0.1)
+        assert any("missing nodes 0 (train), 1 (rollout)" in line for line in WAITS.lines())
+        with pytest.raises(ProcessDiedError, match=r"has not joined Ray .* missing nodes: 0 \(train\), 1 \(rollout\)"):
+            await task
+
+    asyncio.run(scenario())
 
 
 class FakeServer:
