@@ -86,6 +86,9 @@ class Job:
                 found.append(int(directory.name))
         return found
 
+    def wait_processes(self, pattern: str) -> None:
+        self._wait(lambda: self.processes(pattern), START_S, f"no process {pattern}")
+
     def wait_gone(self) -> None:
         self._wait(lambda: not self.processes(), END_S, "processes are left")
 

@@ -116,7 +116,9 @@ def _nodes_of(job: Job, role: str) -> set[str]:
     return found
 
 
-def test_every_process_of_a_running_job_may_die(submit: Submit) -> None:
+def test_every_process_of_a_running_job_may_die_and_a_cancelled_one_leaves_nothing(
+    slurm_cluster: SlurmCluster, submit: Submit
+) -> None:
     job = submit(
         "baseline_7b", 2, "cluster.genrm_nodes=0", "cluster.idle_restarts=9", "genrm.enabled=false", ONE_RANK,
         "training.steps=100000", "training.checkpoint.every_steps=1",
@@ -144,13 +146,14 @@ def test_every_process_of_a_running_job_may_die(submit: Submit) -> None:
         avoided += [nodes[1 if "fapo_node_1" in pattern else 0]] if avoids else []
     job.wait_attempt(len(deaths))
     job.wait_step(job.metrics()[-1]["step"] + 1)
-    os.kill(job.processes("megatron_fapo.launch.job")[0], signal.SIGKILL)
-    job.wait_state("FAILED")  # nobody is left to requeue it
+    slurm_cluster.run("scancel", job.id)
+    job.wait_state("CANCELLED")
     job.wait_gone()
+    job.wait_said("not requeued (cancelled")
     assert len({each["step"] for each in job.metrics()}) == len(job.metrics())
 
 
-def test_a_bad_node_is_named_and_avoided_and_a_cancelled_job_leaves_nothing(
+def test_a_bad_node_is_named_and_avoided_and_a_killed_batch_script_leaves_nothing(
     slurm_cluster: SlurmCluster, submit: Submit, tmp_path: Path
 ) -> None:
     # One node does not mount the shared file system: it sees an empty directory of its own there.
@@ -167,12 +170,10 @@ def test_a_bad_node_is_named_and_avoided_and_a_cancelled_job_leaves_nothing(
         subprocess.run([*mount[:4], "umount", str(tmp_path / "logs")], check=True)
     job.wait_attempt(1)
     assert "node2" not in job.nodes()
-    job.wait_step(1)
-    assert job.processes("ray::")
-    slurm_cluster.run("scancel", job.id)
-    job.wait_state("CANCELLED")
+    job.wait_processes("raylet/raylet")
+    os.kill(job.processes("megatron_fapo.launch.job")[0], signal.SIGKILL)
+    job.wait_state("FAILED")  # nobody is left to requeue it
     job.wait_gone()
-    job.wait_said("not requeued (cancelled")
 
 
 def test_bad_input_ends_the_job_before_ray_starts(submit: Submit) -> None:
