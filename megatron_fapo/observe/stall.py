@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import io
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ FILE = "stall.json"
 STACKS = "logs/driver-stacks.log"
 TICK_S = 5.0
 LISTED = 20
+WRITE_S = 5.0
+"""For the files of a stall, when the run ends."""
 CANCEL_S = 120.0
 """For work that is given up to end by itself: longer than any shutdown of processes takes."""
 
@@ -154,7 +157,8 @@ class StallWatch:
         self._config, self._dir, self._waits = config, run_dir, waits
         self._alarm = Alarm(config.stall_warning_s)
         self._given_up: asyncio.Future[StalledError] | None = None
-        self._ended = False
+        self._ended = self._broken = False
+        self._writing, self._pending = asyncio.Lock(), set[asyncio.Task[None]]()
 
     async def __aenter__(self) -> Self:
         (self._dir / FILE).unlink(missing_ok=True)
@@ -172,10 +176,13 @@ class StallWatch:
     ) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self._pending:
+            await asyncio.wait(self._pending, timeout=WRITE_S)
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGUSR2)
         asyncio.get_running_loop().remove_signal_handler(signal.SIGUSR2)
-        self._stacks.close()
+        if not self._pending:  # else a thread hangs in it
+            self._stacks.close()
 
     async def race(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work`, or cancel it when nothing has moved for `stall_abort_s`.
@@ -202,16 +209,18 @@ class StallWatch:
             faulthandler.dump_traceback_later(cfg.stall_warning_s, file=self._stacks)
             await asyncio.sleep(tick_s)
             idle_s, rang = self._waits.idle_s(), self._alarm.ringing
-            if self._alarm.due(idle_s):
-                self._say(idle_s)
-            elif rang and not self._alarm.ringing and not self._ended:
-                (self._dir / FILE).unlink(missing_ok=True)
-                log.warning("the run goes on")
+            due = self._alarm.due(idle_s)
             if cfg.stall_abort_s is not None and idle_s >= cfg.stall_abort_s and self._given_up is not None:
+                # Before anything is written: a filesystem that hangs may be what everybody waits for.
                 if not self._given_up.done():
                     self._given_up.set_result(self._error(idle_s))
                 self._ended = True
                 self._waits.progress()  # what is done about it has time of its own
+            if due:
+                self._say(idle_s)
+            elif rang and not self._alarm.ringing and not self._ended:
+                log.warning("the run goes on")
+                self._later(lambda: (self._dir / FILE).unlink(missing_ok=True))
 
     def _say(self, idle_s: float) -> None:
         self._waits.stalls += 1
@@ -219,9 +228,32 @@ class StallWatch:
         log.warning("nothing has moved for %.0f s; the driver waits for\n- %s", idle_s, "\n- ".join(lines))
         now = time.time()
         facts = {"time": now, "since": now - idle_s, "idle_s": idle_s, "waits": lines, "pid": os.getpid()}
-        write_atomically(self._dir / FILE, json.dumps(facts, indent=2) + "\n")
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        write_task_stacks(self._stacks)
+        stacks = io.StringIO()
+        write_task_stacks(stacks)
+
+        def write() -> None:
+            write_atomically(self._dir / FILE, json.dumps(facts, indent=2) + "\n")
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._stacks.write(stacks.getvalue())
+            self._stacks.flush()
+
+        self._later(write)
+
+    def _later(self, work: Callable[[], None]) -> None:
+        """Touch files in a thread, one after another: the watch goes on where the filesystem hangs or is full."""
+
+        async def attempt() -> None:
+            async with self._writing:
+                try:
+                    await asyncio.to_thread(work)
+                except OSError as error:
+                    if not self._broken:
+                        log.error("a stall cannot be written to %s: %s", self._dir, error)
+                    self._broken = True
+
+        task = asyncio.create_task(attempt(), name="stall file")
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
 
     def _error(self, idle_s: float) -> StalledError:
         groups = self._waits.groups()

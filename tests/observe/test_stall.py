@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pytest
 from megatron_fapo.config.observe import ObserveConfig
 from megatron_fapo.data.datasets import write_testbed
 from megatron_fapo.data.tokenizer import init_tiny_model
+from megatron_fapo.observe import stall
 from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.observe.stall import Alarm, StalledError, StallWatch, Waits, state_of
 from megatron_fapo.processes import Node, Process
@@ -176,6 +178,27 @@ def test_when_it_goes_on_it_says_so_and_the_file_is_gone(tmp_path, said):
     asyncio.run(main())
     assert "nobody" in said()[0]
     assert said()[-1] == "the run goes on"
+
+
+def test_a_disk_that_is_full_or_hangs_does_not_end_the_watch(tmp_path, said, monkeypatch):
+    hangs = threading.Event()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def main() -> None:
+        async with StallWatch(ObserveConfig(stall_warning_s=0.1, stall_abort_s=0.5), tmp_path, Waits()) as watch:
+            await watch.race(asyncio.Event().wait())
+
+    monkeypatch.setattr(stall, "write_atomically", full)
+    with pytest.raises(StalledError):
+        asyncio.run(asyncio.wait_for(main(), 10))
+    assert len([text for text in said() if "No space left" in text]) == 1
+    monkeypatch.setattr(stall, "WRITE_S", 0.1)
+    monkeypatch.setattr(stall, "write_atomically", lambda *_: hangs.wait(2))
+    with pytest.raises(StalledError):
+        asyncio.run(asyncio.wait_for(main(), 10))
+    hangs.set()
 
 
 def test_stacks_are_written_on_demand_and_when_the_event_loop_hangs(tmp_path):
