@@ -58,7 +58,8 @@ class PolicyGroup:
             await asyncio.wait_for(self._start(device, dtype), timeout_s)
         except TimeoutError as error:
             what = f"the policy's ranks were not up within {timeout_s:g} s"
-            raise PolicyDiedError(self._ranks[0], what, lost=False) from error
+            # A node that hangs or is slow: another attempt may get another.
+            raise PolicyDiedError(self._ranks[0], what, lost=True) from error
 
     async def _start(self, device: str, dtype: str) -> None:
         ((address, port),) = await self._gather("start", [self._actors[0].address.remote()], [0])

@@ -81,7 +81,8 @@ class RolloutPool:
         try:
             return await asyncio.wait_for(reference, timeout_s)
         except TimeoutError as error:
-            self._died(index, f"did not answer within {timeout_s} s", error)
+            # A node that hangs or is slow: another attempt may get another.
+            self._died(index, f"did not answer within {timeout_s} s", error, lost=True)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, UserError | RefitError | StaleEngineError):
@@ -97,7 +98,7 @@ class RolloutPool:
             what = await how_lost(self._processes[index].node, error) if lost else "could not be made"
             self._died(index, what, error, lost=lost)
 
-    def _died(self, index: int, what: str, error: BaseException, *, lost: bool = False) -> NoReturn:
+    def _died(self, index: int, what: str, error: BaseException, *, lost: bool) -> NoReturn:
         raise EngineDiedError(self._processes[index], what, lost=lost, detail=str(error)) from error
 
     async def generate(

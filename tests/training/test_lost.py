@@ -25,7 +25,9 @@ from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.server import ServerStartError
 from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.observe.stall import WAITS
+from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
+from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.training.cluster import Cluster, ServerDiedError, _await_nodes, _start_server, _stop_servers
 from megatron_fapo.training.failure import forget_failure, report_failure
 from tests.training.runs import FapoProcess, write_config
@@ -195,6 +197,22 @@ def test_a_server_that_does_not_answer_has_ended(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ServerDiedError, match=r"genrm-1 .*: has not answered for 0.05 s") as death:
         asyncio.run(asyncio.wait_for(cluster.require_servers(), 10))
     assert death.value.lost
+
+
+def test_ranks_and_engines_that_are_not_up_in_time_are_worth_another_attempt(tmp_path: Path) -> None:
+    never = FakeServer(None)
+    group = PolicyGroup([SimpleNamespace(address=never)], Config(), [tmp_path / "policy-0.log"])
+    pool = RolloutPool([SimpleNamespace(start=never)], [None])
+
+    async def scenario() -> None:
+        with pytest.raises(ProcessDiedError, match=r"were not up within 0.05 s") as death:
+            await group.start(device="cpu", dtype="float32", timeout_s=0.05)
+        assert death.value.lost
+        with pytest.raises(ProcessDiedError, match=r"did not answer within 0.05 s") as death:
+            await pool.start(timeout_s=0.05)
+        assert death.value.lost
+
+    asyncio.run(scenario())
 
 
 def test_servers_that_hang_are_stopped_together(monkeypatch: pytest.MonkeyPatch) -> None:
