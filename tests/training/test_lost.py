@@ -167,7 +167,7 @@ class FakeServer:
         self.alive = self
         self.answer = answer
 
-    async def remote(self) -> Any:
+    async def remote(self, *_: Any) -> Any:
         if self.answer is None:
             await asyncio.Event().wait()
         if isinstance(self.answer, Exception):
