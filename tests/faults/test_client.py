@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from megatron_fapo.genrm import client as client_module
 from megatron_fapo.genrm.client import GenRMClient, GenRMUnavailable
 from megatron_fapo.genrm.pool import Effect
 from megatron_fapo.genrm.verdict import Reason, Unscored
+from megatron_fapo.observe.stall import WAITS
 from tests.faults.fake_server import FakeServer, Script, body, breaks_off, hangs, says, status, with_context
 
 SOUND = says("Fine. \\boxed{-1}")
@@ -385,3 +387,18 @@ def test_check_reports_every_server_that_cannot_be_used() -> None:
 
 def test_the_tick_is_short_against_the_deadlines_used_here() -> None:
     assert client_module.TICK_S <= 0.1
+
+
+def test_a_judge_service_that_is_waited_for_is_named_to_the_stall_alarm(tmp_path: Path) -> None:
+    async def main() -> None:
+        path = tmp_path / "judge.json"
+        client = GenRMClient([], config(rendezvous=str(path), start_timeout_s=60.0))
+        task = asyncio.create_task(client.check())
+        await asyncio.sleep(0.3)
+        line = next(line for line in WAITS.lines() if f"the judge service of {path}" in line)
+        assert f"there is no {path}" in line
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await client.close()
+
+    asyncio.run(main())
