@@ -302,8 +302,8 @@ class Job:
         sys.stdout.flush()
         if decision.requeue:
             slurm.requeue(self.id, decision.exclude)
-            # Slurm ends us now. We wait for that, because an exit before it could be taken for the job's, but no longer:
-            # a process that ignores SIGTERM holds the nodes for the whole of KillWait.
+            # Slurm ends us now. We wait for that, because an exit before it could be taken for the job's; but no
+            # longer: a process that ignores SIGTERM holds the nodes for the whole of KillWait.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             end = time.monotonic() + 600
             while self.stop.asked != life.CANCEL and time.monotonic() < end:
