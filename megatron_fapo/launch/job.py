@@ -40,6 +40,8 @@ RAY_S = 300.0
 """For the head of Ray to listen; on cold nodes the imports alone take a minute. Likewise for the driver to begin."""
 NODE_LOST_S = 60.0
 """How long a driver may go on after a node's Ray has ended: it saves what it can, or waits in vain."""
+RAY_NOTICE_S = 15.0
+"""`ray start --block` looks after its processes every few seconds."""
 TEARDOWN_S = 45.0
 TOGETHER_S = 10.0
 """Nodes whose Ray ends later than so after the first were taken along by it."""
@@ -241,6 +243,12 @@ class Job:
             time.sleep(_POLL_S)
         code = driver.returncode
         self.evidence["driver"] = code if code >= 0 else 128 - code  # as a shell has it, and srun for its task
+        # Without its head, Ray ends the driver at once and without a word, before the node's own end is noticed.
+        end = time.monotonic() + RAY_NOTICE_S
+        while code and self._failure().get("what", "its node is gone") == "its node is gone" and not self._ray_ended():
+            if time.monotonic() > end or code in (life.EXIT_BAD_INPUT, life.EXIT_SAVED):
+                break
+            time.sleep(_POLL_S)
 
     def _stop_driver(self) -> bool:
         """Ask the driver to save and end; False while it has not begun. It is on this node."""
@@ -265,6 +273,11 @@ class Job:
         first = min((each["time"] for each in ended), default=0.0)
         return {each["node"]: each["what"] for each in ended if each["time"] <= first + TOGETHER_S}
 
+    def _failure(self) -> dict[str, Any]:
+        """What the driver has left in failure.json; empty when it left none."""
+        path = None if self.run_dir is None else self.run_dir / "failure.json"
+        return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
     def _ray_ended(self) -> bool:
         assert self.ray is not None
         if self.ray.poll() is not None:
@@ -285,11 +298,10 @@ class Job:
 
     def _finish(self) -> int:
         """Decide, explain, and requeue where that is the decision."""
-        failure = None if self.run_dir is None else self.run_dir / "failure.json"
         evidence = life.Evidence(
             asked=self.stop.asked,
             slurm_requeued=self.stop.asked == life.CANCEL and slurm.requeues(self.id) > self.attempt,
-            failure=json.loads(failure.read_text()) if failure is not None and failure.exists() else None,
+            failure=self._failure() or None,
             start_steps=tuple(self.start_steps),
             step=self.step(),
             **self.evidence,
