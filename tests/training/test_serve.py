@@ -129,7 +129,11 @@ class PlayedServer:
 
 def test_the_file_names_the_servers_that_are_up_until_the_last_is_lost(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(serve, "CHECK_S", 0.01)
-    monkeypatch.setattr(serve, "how_lost", lambda _: "its node is gone")
+
+    async def node_gone(*_: object) -> str:
+        return "its node is gone"
+
+    monkeypatch.setattr(serve, "how_lost", node_gone)
     monkeypatch.setattr(rendezvous, "HEARTBEAT_S", 0.02)
     path, seen = tmp_path / "judges.json", []
     monkeypatch.setattr(rendezvous, "write", lambda _, service: seen.append(service))
