@@ -218,6 +218,6 @@ def test_a_conversion_replaces_its_target_only_when_it_is_complete(base: Path) -
 
 
 def test_paths_that_nemo_run_would_rewrite_are_refused() -> None:
-    refuse_rewritten_paths(["/home/me/.nemo_run/experiments"])
+    refuse_rewritten_paths(["/data/me/.nemo_run/experiments"])
     with pytest.raises(UserError, match="rewrites every /nemo_run"):
-        refuse_rewritten_paths(["/home/me", "/scratch/nemo_run/x"])
+        refuse_rewritten_paths(["/data/me", "/scratch/nemo_run/x"])
