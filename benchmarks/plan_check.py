@@ -133,7 +133,7 @@ def gpu_peak(work: Callable[[], Any]) -> tuple[int, float]:
 
 def state_bytes(worker: PolicyWorker) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state that the rank really holds."""
-    buffers = worker.model.buffers
+    buffers = worker.ddp[0].buffers
     optimizer = 0
     for part in getattr(worker.optimizer, "chained_optimizers", [worker.optimizer]):
         for parameter, state in part.optimizer.state.items():

@@ -39,7 +39,7 @@ def _layout(worker: Any) -> tuple[int, int, int]:
 
 def _sharded_state(worker: Any, *, loading: bool) -> dict[str, Any]:
     about = metadata()
-    weights = worker.module.sharded_state_dict(prefix="model.", metadata=about)
+    weights = worker.chunks[0].sharded_state_dict(prefix="model.", metadata=about)
     return {
         "model": weights,
         "optimizer": worker.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=about),
@@ -114,7 +114,7 @@ def load(worker: Any, directory: str | Path) -> None:
     if not (directory / "metadata.json").is_file():
         raise UserError(f"{directory} is not a policy checkpoint: it has no metadata.json")
     loaded = dist_checkpointing.load(_sharded_state(worker, loading=True), str(directory))
-    worker.module.load_state_dict({name.removeprefix("model."): t for name, t in loaded["model"].items()})
+    worker.chunks[0].load_state_dict({name.removeprefix("model."): t for name, t in loaded["model"].items()})
     _load_optimizer(worker.optimizer, loaded["optimizer"])
     worker.scheduler.load_state_dict(loaded["scheduler"])
     if not _random_file(directory).is_file():

@@ -111,15 +111,15 @@ class PolicyWorker:
         from megatron_fapo.policy.model import build_model
         from megatron_fapo.policy.optimizer import ddp_config, make_optimizer
 
-        self.module = build_model(self.shape, self.cfg, dtype)
-        load_hf(self.module, self.shape, self.cfg.model_path)
+        self.chunks = [build_model(self.shape, self.cfg, dtype)]
+        load_hf(self.chunks[0], self.shape, self.cfg.model_path)
         self.reference = None
         if self.algorithm.kl_coef > 0:
-            self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
-        self.model = DistributedDataParallel(self.module.config, ddp_config(), self.module)
-        self.optimizer, self.scheduler = make_optimizer(self.model, self.cfg.optimizer, dtype)
-        self.module.config.finalize_model_grads_func = finalize_model_grads
-        self.module.config.no_sync_func = self.model.no_sync
+            self.reference = {name: p.detach().to("cpu", copy=True) for name, p in self.chunks[0].named_parameters()}
+        self.ddp = [DistributedDataParallel(chunk.config, ddp_config(), chunk) for chunk in self.chunks]
+        self.optimizer, self.scheduler = make_optimizer(self.ddp[0], self.cfg.optimizer, dtype)
+        self.chunks[0].config.finalize_model_grads_func = finalize_model_grads
+        self.chunks[0].config.no_sync_func = self.ddp[0].no_sync
 
     @property
     def data_rank(self) -> int:
@@ -169,7 +169,7 @@ class PolicyWorker:
         return get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=iter(batches),
-            model=[self.model],
+            model=self.ddp,
             num_microbatches=len(batches),
             seq_length=widest,
             micro_batch_size=batches[0].tokens_BT.shape[0],
@@ -201,7 +201,7 @@ class PolicyWorker:
         def collect(logits: torch.Tensor, batch: MicroBatch) -> tuple[MicroBatch, list[float]]:
             return batch, self._logprob_entropy(logits, batch)[0].tolist()
 
-        self.model.eval()
+        self.ddp[0].eval()
         with self._weights(self.reference) if reference else contextlib.nullcontext():
             outputs = self._run(batches, collect, forward_only=True)
         if not self.reports:
@@ -219,13 +219,13 @@ class PolicyWorker:
     def _weights(self, other: dict[str, torch.Tensor] | None) -> Iterator[None]:
         """Run with other weights, then put the policy's own back."""
         assert other is not None, "algorithm.kl_coef is 0: no reference weights were kept"
-        own = {name: p.detach().clone() for name, p in self.module.named_parameters()}
-        for name, parameter in self.module.named_parameters():
+        own = {name: p.detach().clone() for name, p in self.chunks[0].named_parameters()}
+        for name, parameter in self.chunks[0].named_parameters():
             parameter.data.copy_(other[name])
         try:
             yield
         finally:
-            for name, parameter in self.module.named_parameters():
+            for name, parameter in self.chunks[0].named_parameters():
                 parameter.data.copy_(own[name])
 
     def gradients(self, samples: Sequence[TrainSample], *, loss: str = "policy") -> dict[str, float]:
@@ -243,8 +243,8 @@ class PolicyWorker:
             outputs = policy_loss(_loss_inputs(batch, logprob_N, entropy_N), self.algorithm)
             return outputs.loss_sum, count, outputs.token_sums
 
-        self.model.train()
-        self.model.zero_grad_buffer()
+        self.ddp[0].train()
+        self.ddp[0].zero_grad_buffer()
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
         for micro in self._run(batches, token_loss, forward_only=False):
@@ -266,7 +266,7 @@ class PolicyWorker:
         """HF-named full tensors of this pipeline stage; collective over its tensor ranks."""
         from megatron_fapo.policy.hf_weights import export_hf
 
-        return export_hf(self.module, self.shape)
+        return export_hf(self.chunks[0], self.shape)
 
     def close(self) -> None:
         """Leave the process groups, so that this process could join others."""

@@ -33,7 +33,7 @@ def _hf_gradients(worker: Any) -> dict[str, torch.Tensor]:
     """This rank's gradients under HF names: shards are merged by the rules that merge weights."""
     group = worker.state.get_tensor_model_parallel_group()
     result = {}
-    for parameter, rule in model_rules(worker.module, worker.shape):
+    for parameter, rule in model_rules(worker.chunks[0], worker.shape):
         shards = [torch.empty_like(parameter.main_grad) for _ in range(group.size())]
         torch.distributed.all_gather(shards, parameter.main_grad.contiguous(), group=group)
         result |= dict(zip(rule.hf_names, rule.merge(shards if rule.sharded else shards[:1]), strict=True))
