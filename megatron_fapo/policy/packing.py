@@ -18,6 +18,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.policy.flops import head_flops, layer_flops
 from megatron_fapo.policy.hf_config import ModelShape
 
@@ -103,6 +104,18 @@ def schedule(
         count = whole(count * data_ranks + more)
     ordered = [sorted(rank, key=lambda part: (-sum(costs[i] for i in part), part)) for rank in placed]
     return Schedule(tuple(tuple(tuple(part) for part in rank) for rank in ordered))
+
+
+def schedule_for(parallel: ParallelConfig, cost: CostModel, lengths: Sequence[int], max_tokens: int) -> Schedule:
+    """The schedule that a layout asks for."""
+    return schedule(
+        lengths,
+        data_ranks=parallel.data,
+        max_tokens=max_tokens,
+        cost=cost,
+        count_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        round_to=2 * parallel.context if parallel.context > 1 else 1,
+    )
 
 
 def _place(
