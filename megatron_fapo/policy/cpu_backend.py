@@ -12,6 +12,7 @@ hold TP1 = TP2+SP = PP2 = DP2 on it.
 | streams, events, synchronize, nvtx, empty_cache | nothing to do                                   |
 | param.type() == "torch.cuda.FloatTensor"      | the name with `cuda.`                             |
 | torch.compile of fused helpers                | off (compilation costs more than it saves here)   |
+| which parameters are the device's (hybrid optimizer) | all, until it copies them for the host     |
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ class _Stream:
             raise AttributeError(name)
         return lambda *args, **kwargs: None
 
+    def record_event(self) -> _Stream:
+        return self
+
     def query(self) -> bool:
         return True
 
@@ -83,6 +87,30 @@ def _seeder() -> Callable[[int], None]:
         torch.default_generator.manual_seed(seed)
 
     return manual_seed
+
+
+def _hybrid_groups(self: Any, fraction: float) -> tuple[Any, ...]:
+    """The parameters of mcore's hybrid optimizer: the first `fraction` as copies for the "host", the others for the
+    "device". mcore tells the two by `is_cuda`, and here would take all for the host's and miss their copies."""
+    budget = fraction * sum(parameter.numel() for group in self.param_groups for parameter in group["params"])
+    copies: dict[Any, Any] = {}
+    wide: dict[Any, Any] = {}
+    groups: tuple[list[Any], list[Any]] = ([], [])
+    for group in self.param_groups:
+        halves: tuple[list[Any], list[Any]] = ([], [])
+        for original in group["params"]:
+            on_host = budget > 0
+            parameter = original.detach().clone() if on_host else original
+            if self.param_update_in_fp32 and original.dtype != torch.float32:
+                wide[original] = parameter = parameter.detach().clone().float()
+            if on_host:
+                budget -= original.numel()
+                copies[original] = parameter
+            halves[not on_host].append(parameter)
+        for side, half in zip(groups, halves, strict=True):
+            if half:
+                side.append({**group, "params": half})
+    return *groups, copies, {copy: original for original, copy in copies.items()}, wide
 
 
 def install() -> None:
@@ -138,4 +166,8 @@ def install() -> None:
 
     mcore_random._get_cuda_rng_state = _rng_getter()
     mcore_random._set_cuda_rng_state = _rng_setter()
+
+    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+    HybridDeviceOptimizer._get_sub_optimizer_param_groups = _hybrid_groups
     _installed = True
