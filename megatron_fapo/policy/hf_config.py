@@ -258,12 +258,96 @@ def _feature_problems(raw: dict[str, Any], *, bias: bool) -> list[str]:
 
 
 def layout_problems(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
-    """Why this model cannot be laid out like that; empty when it can."""
-    t, p = parallel.tensor, parallel.pipeline
-    checks = (
-        (shape.heads % t, f"{shape.heads} attention heads do not divide by policy.parallel.tensor={t}"),
-        (shape.kv_heads % t, f"{shape.kv_heads} KV heads do not divide by policy.parallel.tensor={t}"),
-        (shape.ffn % t, f"FFN size {shape.ffn} does not divide by policy.parallel.tensor={t}"),
-        (shape.layers % p, f"{shape.layers} layers do not divide by policy.parallel.pipeline={p}"),
-    )
-    return [problem for remainder, problem in checks if remainder]
+    """Why this model cannot be laid out like that, each with a remedy; empty when it can.
+
+    Every sequence is padded to whole slices of its context-parallel ranks, so nothing here asks about their number.
+    """
+    t = parallel.tensor
+    over_tensor = {"attention heads": shape.heads, "KV heads": shape.kv_heads}
+    if shape.experts is None:
+        over_tensor["FFN columns"] = shape.ffn
+    legal = [str(n) for n in range(1, shape.kv_heads + 1) if not any(size % n for size in over_tensor.values())]
+    problems = [
+        f"{size} {what} do not divide by policy.parallel.tensor={t}: it can be {', '.join(legal)}"
+        for what, size in over_tensor.items()
+        if size % t
+    ]
+    return problems + _split(shape.layers, parallel)[1] + _expert_problems(shape, parallel)
+
+
+def _expert_problems(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
+    ep, etp = parallel.expert, parallel.expert_tensor
+    if shape.experts is None:
+        return [
+            f"policy.parallel.{name}={value}: {shape.architecture} has no experts; set it to 1"
+            for name, value in (("expert", ep), ("expert_tensor", etp))
+            if value > 1
+        ]
+    problems = []
+    if shape.experts.count % ep:
+        problems.append(f"{shape.experts.count} experts do not divide by policy.parallel.expert={ep}: choose a divisor")
+    if shape.experts.ffn % etp:
+        size = shape.experts.ffn
+        problems.append(f"an expert's FFN size {size} does not divide by policy.parallel.expert_tensor={etp}: lower it")
+    if (ranks := parallel.tensor * parallel.context * parallel.data) % (ep * etp):
+        problems.append(
+            f"policy.parallel: expert x expert_tensor = {ep * etp} ranks are taken out of tensor x context x data ="
+            f" {ranks}, which they do not divide: lower expert or raise data"
+        )
+    if parallel.tensor > 1 and not parallel.sequence_parallel:
+        problems.append(
+            f"policy.parallel.tensor={parallel.tensor} with experts: megatron trains them only with"
+            " policy.parallel.sequence_parallel=true"
+        )
+    return problems
+
+
+def stage_layers(layers: int, parallel: ParallelConfig) -> list[list[int]]:
+    """How many transformer layers each model chunk of each pipeline stage has, dealt as megatron deals them.
+
+    Raises:
+        UserError: they cannot be dealt so; `layout_problems` says the same.
+    """
+    split, problems = _split(layers, parallel)
+    if problems:
+        raise UserError("; ".join(problems))
+    return split
+
+
+def _split(layers: int, parallel: ParallelConfig) -> tuple[list[list[int]], list[str]]:
+    """(layers by stage and chunk, why there are none)."""
+    stages, chunks = parallel.pipeline, parallel.virtual_pipeline
+    first, last = parallel.first_stage_layers, parallel.last_stage_layers
+    if stages == 1:
+        default = ParallelConfig()
+        names = ("virtual_pipeline", "first_stage_layers", "last_stage_layers", "embedding_in_split", "loss_in_split")
+        idle = [name for name in names if getattr(parallel, name) != getattr(default, name)]
+        why = f"policy.parallel: {', '.join(idle)} without a pipeline; unset it or set pipeline > 1"
+        return [[layers]], [why] if idle else []
+    given = [n for n in (first, last) if n is not None]
+    counted = parallel.embedding_in_split + parallel.loss_in_split
+    if given and counted:
+        return [], [
+            "policy.parallel: first_stage_layers or last_stage_layers and embedding_in_split or loss_in_split are two"
+            " ways to deal layers unevenly; unset one pair"
+        ]
+    rest, others = layers + counted - sum(given), stages - len(given)
+    if rest % others if others else rest:
+        asked = f" as asked ({rest} for {others} stages)" if given or counted else ""
+        return [], [
+            f"{layers} layers do not divide by policy.parallel.pipeline={stages}{asked}: choose another number of"
+            " stages, or what the first or last holds (first_stage_layers, ...)"
+        ]
+    even = rest // others if others else 0
+    totals = [even if first is None else first, *[even] * (stages - 2), even if last is None else last]
+    if wrong := [str(total) for total in totals if total % chunks]:
+        return [], [
+            f"policy.parallel.virtual_pipeline={chunks} does not divide the layers of every stage"
+            f" ({', '.join(wrong)}): choose a divisor"
+        ]
+    split = [[total // chunks] * chunks for total in totals]
+    split[0][0] -= parallel.embedding_in_split
+    split[-1][-1] -= parallel.loss_in_split
+    if any(n < 1 for stage in split for n in stage):
+        return [], [f"policy.parallel: some stage or chunk would have no layers ({split}): lower pipeline"]
+    return split, []

@@ -14,8 +14,32 @@ VOCAB = 515
 """Odd, so that two tensor ranks need a padded row."""
 
 
-def write_model(directory: Path, architecture: str = "qwen3", tied: bool = True, dtype: str = "float32") -> str:
-    """Random weights that are nowhere zero or one, so that a forgotten bias or norm shows."""
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn_exact": {
+        "rope_type": "yarn",
+        "factor": 3.5,
+        "original_max_position_embeddings": 100,
+        "beta_fast": 24.0,
+        "beta_slow": 2.0,
+        "truncate": False,
+    },
+}
+"""RoPE variants, whose effect shows within the 512 positions of these models."""
+
+
+def write_config(directory: Path, family: str = "qwen3", tied: bool = True, rope: str = "default") -> Any:
+    """config.json of a tiny model; returns the transformers configuration."""
     import transformers
 
     sizes: dict[str, Any] = {
@@ -27,13 +51,27 @@ def write_model(directory: Path, architecture: str = "qwen3", tied: bool = True,
         "vocab_size": VOCAB,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tied,
+        "rope_parameters": {"rope_theta": 10000.0 if rope != "llama3" else 5e5} | ROPES[rope],
     }
-    if architecture == "qwen3":
+    if family.startswith("qwen3"):
         sizes["head_dim"] = 32
-    names = {"qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}
-    config = getattr(transformers, f"{names[architecture]}Config")(**sizes)
+    if family == "qwen3_moe":
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": not tied}
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}[family]
+    config = getattr(transformers, f"{name}Config")(**sizes, architectures=[f"{name}ForCausalLM"])
+    config.save_pretrained(directory)
+    return config
+
+
+def write_model(
+    directory: Path, family: str = "qwen3", tied: bool = True, dtype: str = "float32", rope: str = "default"
+) -> str:
+    """Random weights that are nowhere zero or one, so that a forgotten bias or norm shows."""
+    import transformers
+
+    config = write_config(directory, family, tied, rope)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{names[architecture]}ForCausalLM")(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
