@@ -203,20 +203,21 @@ def save_stage(tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, sta
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors}
-    path = directory / _shard_name(stage, stages)
+    path = directory / shard_name(stage, stages)
     save_file(state, str(path), metadata={"format": "pt"})
     path.chmod(0o644)  # safetensors leaves it to its owner alone; checkpoints are shared
     return sorted(state)
 
 
-def _shard_name(stage: int, stages: int) -> str:
+def shard_name(stage: int, stages: int) -> str:
+    """The file of an HF checkpoint that is number `stage` (from 0) of `stages`."""
     return f"model-{stage + 1:05d}-of-{stages:05d}.safetensors"
 
 
 def write_index(directory: Path, names_by_stage: list[list[str]]) -> None:
     """The index file that ties the stages' files together, as HF loaders and vLLM expect."""
     stages = len(names_by_stage)
-    weight_map = {name: _shard_name(stage, stages) for stage, names in enumerate(names_by_stage) for name in names}
-    total = sum((directory / _shard_name(stage, stages)).stat().st_size for stage in range(stages))
+    weight_map = {name: shard_name(stage, stages) for stage, names in enumerate(names_by_stage) for name in names}
+    total = sum((directory / shard_name(stage, stages)).stat().st_size for stage in range(stages))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
