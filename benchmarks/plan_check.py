@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import os
@@ -81,9 +82,9 @@ def write_config(directory: Path, model: dict[str, Any]) -> Path:
     return directory
 
 
-def random_weights(module: Any, *_: Any) -> None:
+def random_weights(chunks: Any, *_: Any) -> None:
     """In place of reading them: nothing that is measured depends on their values."""
-    for parameter in module.parameters():
+    for parameter in itertools.chain.from_iterable(chunk.parameters() for chunk in chunks):
         torch.nn.init.normal_(parameter.data, 0.0, 0.02) if parameter.dim() > 1 else torch.nn.init.ones_(parameter.data)
 
 

@@ -1,19 +1,23 @@
 """HF checkpoint <-> this rank's megatron shards, both ways, bit for bit.
 
-In: HF safetensors and a `ModelShape`; or a live mcore model. Out: filled parameters; or HF-named full tensors.
+In: HF safetensors and a `ModelShape`; or the model chunks of a rank. Out: filled parameters; or HF-named full tensors.
 
 Each mcore parameter follows one `Rule`: which HF tensors it is made of and how they are laid out over tensor ranks.
 Rules are pure (`split` and `merge` work on plain tensors), so the round trip is tested without processes.
 
 Layouts that need care: linear_qkv holds, per KV group, its query heads, then its key, then its value; every tensor
-shard of linear_fc1 is [gate; up] of that shard; the embedding is padded with rows that stand for no token.
+shard of linear_fc1 is [gate; up] of that shard; the embedding is padded with rows that stand for no token; expert
+parallel ranks hold runs of experts, each of which is split over the expert-tensor ranks, not the tensor ranks.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,8 @@ import torch
 from megatron_fapo.errors import UserError
 from megatron_fapo.policy.hf_config import ModelShape
 
-Tensors = Mapping[str, torch.Tensor]
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)")
+"""A parameter of one expert: megatron's own modules name it local_experts.N..., Transformer Engine's ...weightN."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Rule:
     """(the parameter of every tensor rank, in order) -> HF tensors in order of hf_names."""
     sharded: bool
     """False: every tensor rank holds the same."""
+    by_expert_rank: tuple[tuple[str, ...], ...] = ()
+    """Of an expert's parameter: the hf_names that the same parameter has on each expert-parallel rank."""
+    exported: bool = True
+    """False: another stage holds the same and exports it."""
 
 
 def _replicated(name: str) -> Rule:
@@ -84,8 +93,26 @@ def _qkv(prefix: str, kind: str, shape: ModelShape) -> Rule:
     return Rule(tuple(f"{prefix}.{p}_proj.{kind}" for p in "qkv"), split, merge, sharded=True)
 
 
-def _layer_rule(name: str, layer: int, shape: ModelShape) -> Rule:
-    """`name` is the mcore parameter name within a transformer layer (local or Transformer Engine modules)."""
+def _expert(name: str, prefix: str, experts: int, rank: int, ranks: int) -> Rule:
+    matched = _EXPERT.fullmatch(name)
+    if matched is None:
+        raise KeyError(f"no rule for megatron parameter {name!r} of {prefix}")
+    each, local = experts // ranks, int(matched[1] or matched[3])
+    names = [f"{prefix}.experts.{other * each + local}" for other in range(ranks)]
+    rules = [_gate_up(name) if matched[2] == "1" else _rows(f"{name}.down_proj.weight") for name in names]
+    return replace(rules[rank], by_expert_rank=tuple(rule.hf_names for rule in rules))
+
+
+def layer_rule(name: str, layer: int, shape: ModelShape, expert_rank: int = 0, expert_ranks: int = 1) -> Rule:
+    """The rule of a parameter of a transformer layer, made of megatron's own or Transformer Engine's modules.
+
+    Args:
+        name: within the layer.
+        layer: from 0, over the whole model.
+
+    Raises:
+        KeyError: no such parameter is known.
+    """
     hf = f"model.layers.{layer}"
     match name:
         case "input_layernorm.weight" | "self_attention.linear_qkv.layer_norm_weight":
@@ -104,31 +131,46 @@ def _layer_rule(name: str, layer: int, shape: ModelShape) -> Rule:
             return _gate_up(f"{hf}.mlp")
         case "mlp.linear_fc2.weight":
             return _rows(f"{hf}.mlp.down_proj.weight")
-    raise KeyError(f"no rule for megatron parameter {name!r} of layer {layer}")
+        case "mlp.router.weight":
+            return _replicated(f"{hf}.mlp.gate.weight")
+    return _expert(name, f"{hf}.mlp", shape.experts.count if shape.experts else 0, expert_rank, expert_ranks)
 
 
 def model_rules(model: Any, shape: ModelShape) -> list[tuple[torch.nn.Parameter, Rule]]:
-    """Every parameter of this rank with its rule, in a fixed order; layer numbers are asked of mcore.
+    """Every parameter of a model chunk of this rank with its rule, in a fixed order; layer numbers are asked of mcore.
 
-    The output layer of a tied model on the last stage is a copy of the embedding: it is filled, and on a model of
-    several stages exported by the stage that owns the embedding only.
+    The output layer of a tied model on the last of several stages is a copy of the embedding: it is filled here, and
+    exported by the stage that owns the embedding.
     """
+    from megatron.core import parallel_state as state
+
+    expert = state.get_expert_model_parallel_rank(), state.get_expert_model_parallel_world_size()
     rules: list[tuple[torch.nn.Parameter, Rule]] = []
     if model.pre_process:
         rules.append((model.embedding.word_embeddings.weight, _vocabulary("model.embed_tokens.weight", shape)))
     for layer in model.decoder.layers:
         for name, parameter in layer.named_parameters():
-            rules.append((parameter, _layer_rule(name, layer.layer_number - 1, shape)))
+            rules.append((parameter, layer_rule(name, layer.layer_number - 1, shape, *expert)))
     if model.post_process:
         rules.append((model.decoder.final_layernorm.weight, _replicated("model.norm.weight")))
         if not shape.tied:
             rules.append((model.output_layer.weight, _vocabulary("lm_head.weight", shape)))
         elif not model.pre_process:
-            rules.append((model.output_layer.weight, _vocabulary("model.embed_tokens.weight", shape)))
+            copy = replace(_vocabulary("model.embed_tokens.weight", shape), exported=False)
+            rules.append((model.output_layer.weight, copy))
     covered = {id(parameter) for parameter, _ in rules}
     if missing := [name for name, p in model.named_parameters() if id(p) not in covered]:
         raise KeyError(f"megatron parameters without a rule: {', '.join(missing)}")
     return rules
+
+
+def place_in_tensor_group(rule: Rule) -> tuple[int, int]:
+    """(size, this rank's place) of the group of ranks that a parameter is split over."""
+    from megatron.core import parallel_state as state
+
+    if rule.by_expert_rank:
+        return state.get_expert_tensor_parallel_world_size(), state.get_expert_tensor_parallel_rank()
+    return state.get_tensor_model_parallel_world_size(), state.get_tensor_model_parallel_rank()
 
 
 class HFCheckpoint:
@@ -157,18 +199,15 @@ class HFCheckpoint:
         return self._where[name].get_tensor(name)
 
 
-def load_hf(model: Any, shape: ModelShape, path: str | Path) -> None:
-    """Fill this rank's parameters from the HF checkpoint at `path`, cast to each parameter's type.
+def load_hf(chunks: Sequence[Any], shape: ModelShape, path: str | Path) -> None:
+    """Fill the parameters of this rank's model chunks from the HF checkpoint at `path`, cast to each one's type.
 
     Raises:
         UserError: a tensor is missing or has another shape than config.json says.
     """
-    from megatron.core import parallel_state
-
-    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     checkpoint = HFCheckpoint(path)
-    for parameter, rule in model_rules(model, shape):
-        local = rule.split([checkpoint[name] for name in rule.hf_names], tp, rank)
+    for parameter, rule in itertools.chain.from_iterable(model_rules(chunk, shape) for chunk in chunks):
+        local = rule.split([checkpoint[name] for name in rule.hf_names], *place_in_tensor_group(rule))
         if local.shape != parameter.shape:
             raise UserError(
                 f"{path}: {', '.join(rule.hf_names)} gives shape {tuple(local.shape)} where the model of config.json "
@@ -177,25 +216,58 @@ def load_hf(model: Any, shape: ModelShape, path: str | Path) -> None:
         parameter.data.copy_(local)
 
 
-def export_hf(model: Any, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    """HF-named full tensors of this pipeline stage, in a fixed order. Collective over the tensor-parallel group.
+def exports(state: Any) -> bool:
+    """Whether this rank takes part in `export_hf`. `state`: megatron's parallel_state.
 
-    Every rank of the group iterates in step and gets the tensors; each HF tensor comes from exactly one stage.
+    megatron numbers a stage's ranks tensor fastest, then context, then data, and cuts the groups of experts out of the
+    same row (expert-tensor fastest). Tensor groups and expert groups both begin at its start, so the first
+    lcm(tensor, expert x expert_tensor) ranks are whole groups of either kind and hold all weights of the stage.
     """
-    from megatron.core import parallel_state
+    expert_ranks = state.get_expert_tensor_and_model_parallel_world_size()
+    return _place_in_stage(state) < math.lcm(state.get_tensor_model_parallel_world_size(), expert_ranks)
 
-    group = parallel_state.get_tensor_model_parallel_group()
-    tp = group.size()
-    for parameter, rule in model_rules(model, shape):
-        if shape.tied and model.post_process and not model.pre_process and parameter is model.output_layer.weight:
-            continue
-        local = parameter.data
-        if rule.sharded and tp > 1:
-            shards = [torch.empty_like(local) for _ in range(tp)]
+
+def owns_export(state: Any) -> bool:
+    """Whether this rank is the one of its stage that uses what all exporting ranks are given."""
+    return _place_in_stage(state) == 0
+
+
+def _place_in_stage(state: Any) -> int:
+    row = state.get_context_parallel_rank() + state.get_context_parallel_world_size() * state.get_data_parallel_rank()
+    return int(state.get_tensor_model_parallel_rank() + state.get_tensor_model_parallel_world_size() * row)
+
+
+def gather(rule: Rule, local: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The HF tensors that `local` is this rank's part of (the parameter, or its gradient), with their names.
+
+    Collective over the tensor-parallel group; for an expert's parameter over the expert-tensor x expert group.
+    """
+    from megatron.core import parallel_state as state
+
+    shards = [local]
+    if rule.by_expert_rank or rule.sharded:
+        group = (
+            state.get_expert_tensor_and_model_parallel_group()
+            if rule.by_expert_rank
+            else state.get_tensor_model_parallel_group()
+        )
+        if group.size() > 1:
+            shards = [torch.empty_like(local) for _ in range(group.size())]
             torch.distributed.all_gather(shards, local.contiguous(), group=group)
-        else:
-            shards = [local]
-        yield from zip(rule.hf_names, rule.merge(shards), strict=True)
+    names = rule.by_expert_rank or (rule.hf_names,)
+    each = len(shards) // len(names)
+    for i, hf_names in enumerate(names):
+        yield from zip(hf_names, rule.merge(shards[i * each : (i + 1) * each]), strict=True)
+
+
+def export_hf(chunks: Sequence[Any], shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
+    """HF-named full tensors of this pipeline stage, in a fixed order. Collective over its ranks that `exports` names.
+
+    They all iterate in step and all get the tensors; each HF tensor comes from exactly one stage.
+    """
+    for parameter, rule in itertools.chain.from_iterable(model_rules(chunk, shape) for chunk in chunks):
+        if rule.exported:
+            yield from gather(rule, parameter.data)
 
 
 def save_stage(tensors: Iterator[tuple[str, torch.Tensor]], directory: Path, stage: int, stages: int) -> list[str]:
