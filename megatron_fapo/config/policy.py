@@ -69,6 +69,11 @@ class OptimizerConfig(Section):
     moments_dtype: str = Field("float32", pattern="^(float32|bfloat16|float16|fp8)$")
     """Type of Adam's two moments; any other than float32 needs Transformer Engine."""
 
+    @property
+    def low_precision(self) -> bool:
+        """Whether the state is narrower than float32, which takes mcore's precision-aware optimizer."""
+        return (self.main_dtype, self.moments_dtype) != ("float32", "float32")
+
 
 class PolicyConfig(Section):
     model_path: str = ""
@@ -95,6 +100,7 @@ class PolicyConfig(Section):
     fp8_recipe: str = Field("blockwise", pattern="^(delayed|tensorwise|blockwise|mxfp8)$")
     """How FP8 scales are chosen; mxfp8 needs Blackwell."""
     offload: bool = False
-    """Keep weights, gradients and optimizer state in host memory while a phase does not need them on the GPU."""
+    """Keep weights, gradients and optimizer state in host memory while a phase does not need them on the GPU, which
+    colocated engines then use (rollout.colocated)."""
     megatron: dict[str, Any] = {}
     """Passed through to megatron-core's TransformerConfig, after everything derived from the model and this section."""

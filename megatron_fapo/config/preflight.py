@@ -35,6 +35,11 @@ def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
             choose_device(config.device)
         except UserError as error:
             problems.append(str(error))
+    optimizer = config.policy.optimizer
+    if purpose in ("train", "warmup") and config.device == "cpu" and optimizer.low_precision:
+        from megatron_fapo.policy.optimizer import state_dtype_problem
+
+        problems += filter(None, [state_dtype_problem(optimizer, device="cpu")])
     return problems + (_function_problems(config) if purpose not in ("warmup", "serve") else [])
 
 

@@ -117,6 +117,32 @@ RULES = (
         "min_lr must not be above the peak lr",
     ),
     Rule(
+        ("policy.optimizer.offload_fraction", "policy.optimizer.main_dtype", "policy.optimizer.moments_dtype"),
+        lambda c: c.policy.optimizer.offload_fraction > 0 and c.policy.optimizer.low_precision,
+        "state on the host is float32: set both types to it, or offload_fraction to 0",
+    ),
+    Rule(
+        ("policy.optimizer.main_dtype", "policy.dtype"),
+        lambda c: c.policy.optimizer.main_dtype != "float32" and c.policy.dtype == "float32",
+        "float32 parameters are their own main weights: set main_dtype to float32",
+    ),
+    Rule(
+        ("policy.offload", "rollout.colocated"),
+        lambda c: c.policy.offload and not c.rollout.colocated,
+        "nobody would use the room that the policy makes: set rollout.colocated, or offload to false",
+    ),
+    Rule(
+        ("rollout.colocated", "rollout.replicas", "rollout.tensor_parallel", "policy.parallel"),
+        lambda c: c.rollout.colocated and c.rollout.replicas * c.rollout.tensor_parallel > c.policy.parallel.world_size,
+        "colocated engines have the GPUs of the policy's ranks, one engine on each: lower replicas or tensor_parallel",
+        ("train",),
+    ),
+    Rule(
+        ("rollout.colocated", "cluster.rollout_nodes"),
+        lambda c: c.rollout.colocated and c.cluster.rollout_nodes > 0,
+        "colocated engines are on the policy's nodes: set rollout_nodes to 0",
+    ),
+    Rule(
         ("rollout.sampling.temperature",),
         lambda c: c.rollout.sampling.temperature == 0,
         "greedy rollouts give groups of equal samples and no log-probabilities to train on; set it above 0",

@@ -27,9 +27,18 @@ from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.sampling import sample_seed
 from megatron_fapo.weight_sync.checkpoint import expected_tensors
-from megatron_fapo.weight_sync.protocol import Bucket, Coverage, EngineState, EngineVersion, RefitError
+from megatron_fapo.weight_sync.protocol import (
+    Bucket,
+    Coverage,
+    EngineState,
+    EngineVersion,
+    RefitError,
+    StaleEngineError,
+)
 
 RECEIVER = "megatron_fapo.weight_sync.receiver.RefitReceiver"
+MEMORY = ("weights", "kv_cache")
+"""What vLLM can put to sleep, by its tags, in the order of waking."""
 _LOOK_S = 1.0
 """How often a call that is not answered looks whether vLLM still lives."""
 
@@ -77,6 +86,8 @@ class RolloutEngine:
         self._requests = 0
         self._buffers: list[Any] = []  # SharedBuffer: its module imports torch, and the driver this one
         self._paused = False
+        self._asleep: set[str] = set()
+        self._frees_memory = config.colocated and device == "gpu"
         self._llm: Any = None
         self._guard: Guard | None = None
 
@@ -106,6 +117,7 @@ class RolloutEngine:
             args["max_num_batched_tokens"] = max(self.max_model_len, 4096)
         else:
             args["gpu_memory_utilization"] = self.config.gpu_memory_utilization
+            args["enable_sleep_mode"] = self._frees_memory
         if taken := sorted(args.keys() & self.config.vllm.keys()):
             raise UserError(f"rollout.vllm: {', '.join(taken)} is set by other fields of the configuration; use those")
         return args | self.config.vllm
@@ -135,6 +147,7 @@ class RolloutEngine:
             "pid": os.getpid(),
             "max_model_len": self._llm.model_config.max_model_len,
             "kv_cache_tokens": self._kv_cache_tokens(),
+            "frees_memory": self._frees_memory,
             "gpus": await self._llm.collective_rpc("refit_device"),
             "start_s": time.monotonic() - began,
         }
@@ -180,10 +193,10 @@ class RolloutEngine:
             max_tokens: responses are cut here.
 
         Raises:
-            StaleEngineError: a refit failed or is under way.
+            StaleEngineError: a refit failed or is under way, or the engine is asleep.
             UserError: a prompt and max_tokens do not fit max_model_len.
         """
-        version = self._version.require_fresh()
+        version = self.version()
         for prompt in prompts:
             if not 0 < len(prompt.token_ids) <= self.max_model_len - max_tokens:
                 raise UserError(
@@ -288,6 +301,25 @@ class RolloutEngine:
         async with self._admission:
             self._paused = False
             await self._ask(self._llm.resume_generation())
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV cache back. Requests are aborted, and the engine is stale until a refit.
+
+        Where vLLM cannot (`frees_memory` of `start`: on CPUs), it stops serving all the same and keeps its memory.
+        """
+        self._version.fail()
+        async with self._admission:
+            self._paused = True
+            self._asleep = set(MEMORY)
+            # Level 2 drops the weights, which the refit sends again; level 0 only stops the scheduler.
+            await self._ask(self._llm.sleep(2 if self._frees_memory else 0, mode="abort"))
+
+    async def wake(self, tags: Sequence[str]) -> None:
+        """Take the memory of `tags` (of MEMORY) again: the weights before a refit, the KV cache when the policy has
+        made room."""
+        async with self._admission:
+            await self._ask(self._llm.wake_up(list(tags) if self._frees_memory else ["scheduling"]))
+            self._asleep -= set(tags)
 
     async def begin_refit(self) -> dict[str, float]:
         """Stop serving and make ready for new weights. Returns seconds by phase, as the other steps do.
@@ -394,8 +426,10 @@ class RolloutEngine:
         """The version that samples would be stamped with.
 
         Raises:
-            StaleEngineError: a refit failed or is under way.
+            StaleEngineError: a refit failed or is under way, or the engine is asleep.
         """
+        if self._asleep:
+            raise StaleEngineError(f"the engine is asleep, without {' and '.join(sorted(self._asleep))}: wake it first")
         return self._version.require_fresh()
 
     def in_flight(self) -> int:

@@ -7,6 +7,7 @@ positions alone (`sampling.assign`), so a run can be repeated.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ from megatron_fapo.processes import HERE, Node, Process, how_lost, is_lost
 from megatron_fapo.rollout.engine import EngineDiedError, VLLMDiedError
 from megatron_fapo.rollout.sampling import assign
 from megatron_fapo.weight_sync.protocol import Bucket, Place, RefitError, StaleEngineError
+
+log = logging.getLogger(__name__)
 
 ABANDON_S = 30.0
 """For an engine to give up a refit; one that hangs must not keep its error from being raised."""
@@ -246,6 +249,20 @@ class RolloutPool:
     async def _abandon_refit(self) -> None:
         calls = [self._call(i, "abort_refit", timeout_s=ABANDON_S) for i in range(len(self._engines))]
         await asyncio.gather(*calls, return_exceptions=True)  # the refit's own error is the one to report
+
+    async def sleep(self) -> None:
+        """Every engine gives its memory back and serves nothing until `wake` and a refit. One that is gone has none:
+        whatever needs it next reports it."""
+        calls = [self._call(i, "sleep") for i in range(len(self._engines))]
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, EngineDiedError):
+                log.warning("%s", outcome)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+
+    async def wake(self, tags: Sequence[str]) -> None:
+        """Every engine takes the memory of `tags` again (engine.MEMORY)."""
+        await self._all("wake", tags)
 
     async def pause(self) -> None:
         await self._all("pause")

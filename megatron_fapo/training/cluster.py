@@ -28,7 +28,7 @@ from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
-from megatron_fapo.rollout.engine import RolloutEngine
+from megatron_fapo.rollout.engine import MEMORY, RolloutEngine
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.pool import RolloutPool
@@ -38,6 +38,8 @@ from megatron_fapo.weight_sync.protocol import choose_transports, verify_due
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+AWAKE = {"rollout": MEMORY, "refit": MEMORY[:1]}
+"""Phase -> what of colocated engines is awake; in other phases nothing is."""
 _SERVER_POLL_S = 5.0
 _ALIVE_S = 30.0
 """For a server's actor to say that it lives; on a node that hangs it never does."""
@@ -61,16 +63,49 @@ class Cluster:
     genrm_processes: list[Process] = field(default_factory=list)
     """Where each of them is."""
     refits: int = 0
+    awake: tuple[str, ...] = MEMORY
+    """What of the engines' memory is not asleep."""
+    memory: dict[str, float] = field(default_factory=dict)
+    """Metrics `memory/...` of the phases since `take_memory`."""
+
+    async def enter(self, phase: str) -> None:
+        """Begin a phase of policy.memory.PLAN: who does not work in it makes room, then who does takes it."""
+        assert self.policy is not None
+        awake = AWAKE.get(phase, ())
+        turns = self.rollout is not None and self.config.rollout.colocated
+        if turns and not set(self.awake) <= set(awake):
+            assert self.rollout is not None
+            if self.awake != MEMORY:  # of a refit that failed: vLLM falls asleep only when all of it is awake
+                await self.enter("rollout")
+            await self.rollout.sleep()
+            self.awake = ()
+        for name, value in (await self.policy.enter(phase)).items():
+            self.memory[f"memory/{name}"] = value
+        if turns and self.awake != awake:
+            assert self.rollout is not None
+            await self.rollout.wake([tag for tag in awake if tag not in self.awake])
+            self.awake = awake
+
+    @property
+    def serving(self) -> bool:
+        """Whether the engines are awake; else only a refit makes them serve."""
+        return self.awake == MEMORY
+
+    def take_memory(self) -> dict[str, float]:
+        taken, self.memory = self.memory, {}
+        return taken
 
     async def refit(self, version: int) -> dict[str, float]:
         """Make every engine serve the policy's weights as `version`; returns `weight_sync/...`."""
         assert self.policy is not None
         assert self.rollout is not None
+        await self.enter("refit")
         cfg = self.config.weight_sync
         transports = choose_transports(self.policy.places, self.rollout.places)
         sources = await self.policy.open_refit(transports, verify_due(self.refits, cfg.verify_every))
         metrics = await self.rollout.refit(sources, version, timeout_s=cfg.timeout_s, transports=transports)
         self.refits += 1
+        await self.enter("rollout")
         return metrics
 
     async def require_servers(self) -> None:
@@ -149,8 +184,14 @@ async def launch(
             stack.push_async_callback(cluster.policy.shutdown)
             dtype = choose_dtype(config.policy.dtype, device)
             starting.append(cluster.policy.start(device=device, dtype=dtype))
+        cards: list[list[str]] = []
+        if rollout and policy and config.rollout.colocated:
+            assert cluster.policy is not None
+            await starting.pop()  # the engines get its cards, and size their KV caches by what it leaves free
+            await cluster.enter("rollout")
+            cards = cluster.policy.cards(config.rollout.tensor_parallel)[: config.rollout.replicas]
         if rollout:
-            cluster.rollout = make_rollout(config, device, placed.engines)
+            cluster.rollout = make_rollout(config, device, placed.engines, cards)
             stack.push_async_callback(cluster.rollout.shutdown)
             starting.append(cluster.rollout.start(0, timeout_s=config.rollout.start_timeout_s))
         if rollout or judges_only:
@@ -245,8 +286,20 @@ def _stop_ray() -> None:
     ray.shutdown()
 
 
-def _actor(kind: type, config: Config, device: str, node: Node, gpus: int = 1, concurrency: int | None = None) -> Any:
-    """The Ray actor class with its place: CPUs are not counted, since actors wait for each other most of the time."""
+def _actor(
+    kind: type,
+    config: Config,
+    device: str,
+    node: Node,
+    gpus: int = 1,
+    concurrency: int | None = None,
+    cards: Sequence[str] = (),
+) -> Any:
+    """The Ray actor class with its place: CPUs are not counted, since actors wait for each other most of the time.
+
+    Args:
+        cards: Ray's ids of GPUs that other actors hold, and that this one shares.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -254,6 +307,9 @@ def _actor(kind: type, config: Config, device: str, node: Node, gpus: int = 1, c
     share: float = 0
     if device == "gpu":
         share = config.gpu_share if gpus == 1 else gpus
+    if cards:
+        share = 0
+        env |= {"CUDA_VISIBLE_DEVICES": ",".join(cards), "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     more: dict[str, Any] = {} if concurrency is None else {"max_concurrency": concurrency}
     if node.id:
         more["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -269,12 +325,15 @@ def make_policy(config: Config, device: str, nodes: Sequence[Node] = ()) -> Poli
     return PolicyGroup(actors, config, [Path(run_dir) / "logs" / f"policy-{i}.log" for i in range(len(nodes))], nodes)
 
 
-def make_rollout(config: Config, device: str, nodes: Sequence[Node] = ()) -> RolloutPool:
-    """The engines' actors, not yet started; their logs go to run_dir/logs. Without `nodes` Ray places them."""
+def make_rollout(
+    config: Config, device: str, nodes: Sequence[Node] = (), cards: Sequence[Sequence[str]] = ()
+) -> RolloutPool:
+    """The engines' actors, not yet started; their logs go to run_dir/logs. Without `nodes` Ray places them, and without
+    the `cards` of each it gives them GPUs of their own."""
     nodes = nodes or [HERE] * config.rollout.replicas
     logs = [str(Path(config.run_dir).resolve() / "logs" / f"rollout-{i}.log") for i in range(len(nodes))]
     engines = [
-        _actor(RolloutEngine, config, device, node, config.rollout.tensor_parallel).remote(
+        _actor(RolloutEngine, config, device, node, config.rollout.tensor_parallel, cards=mine).remote(
             str(Path(config.policy.model_path).resolve()),
             config.rollout,
             device=device,
@@ -284,7 +343,7 @@ def make_rollout(config: Config, device: str, nodes: Sequence[Node] = ()) -> Rol
             seed=config.seed,
             log_path=path,
         )
-        for path, node in zip(logs, nodes, strict=True)
+        for path, node, mine in zip(logs, nodes, cards or [()] * len(nodes), strict=True)
     ]
     return RolloutPool(engines, logs, nodes)
 

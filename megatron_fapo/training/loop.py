@@ -84,6 +84,7 @@ class Run:
         # Asked first: what a full disk does to a rank in the middle of a save is a stack trace from deep inside mcore.
         require_space(self.dir, 16 * read_model_shape(self.config.policy.model_path).parameters)
         try:
+            await cluster.enter("checkpoint")
             await cluster.policy.save(self.checkpoints.begin(self.state.step).resolve() / "policy")
             path = self.checkpoints.finish(self.state)
         except OSError as error:
@@ -113,6 +114,9 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         run.checkpoints.amend(run.state)
 
     for step in range(run.state.step + 1, cfg.steps + 1):
+        if not cluster.serving:  # a checkpoint put colocated engines to sleep
+            with run.phase("refit"):
+                await cluster.refit(run.state.weight_version)
         cluster.reward.begin_step(step)
         taken = run.cursor.take(cfg.prompts_per_step)
         groups = await stop.race(cluster.while_judged(rollout(config, cluster, run, taken)))
@@ -128,6 +132,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         by_group = training_samples(groups, config)
         samples = [s for group in by_group for s in group]
         with run.phase("logprobs"):
+            await cluster.enter("logprobs")
             old = await policy.logprobs(samples)
             samples = set_logprobs(samples, "old_logprobs", old)
             if config.algorithm.kl_coef > 0:
@@ -141,6 +146,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         stop.check()  # the last place before the updates, which may take many minutes
         run.between_steps = False
         with run.phase("train"):
+            await cluster.enter("train")
             for batch in mini_batches(by_group, cfg.prompts_per_mini_batch):
                 updates.append(await policy.train(batch))
         metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else {})}
@@ -159,7 +165,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
                 with run.phase("checkpoint"):
                     await run.save(cluster)
         finally:  # the step is finished and will not be repeated, whatever came after its updates
-            run.write(step, metrics)
+            run.write(step, metrics | cluster.take_memory())
         stop.check()
         await cluster.require_servers()
 
@@ -259,6 +265,7 @@ async def run_to_end(run: Run, sets: EvaluationSets, checkpoint: Path | None, st
             cluster = await watch.race(stop.race(processes.enter_async_context(launch(run.config))))
             assert cluster.policy is not None
             if checkpoint is not None:
+                await watch.race(cluster.enter("checkpoint"))
                 await watch.race(cluster.policy.load(checkpoint.resolve() / "policy"))
                 log.info("resumed from %s", checkpoint)
             try:

@@ -2,7 +2,8 @@
 
 Invariants, asserted by the tests: every rank, engine and server has exactly one node of its role; consecutive policy
 ranks fill nodes in the order of the allocation, tensor groups whole; engines and servers are spread as evenly as the
-nodes have room; on GPUs no node holds more than its cards.
+nodes have room, colocated engines excepted, which are where their policy ranks are; on GPUs no node holds more than its
+cards.
 """
 
 from __future__ import annotations
@@ -74,9 +75,13 @@ def place(config: Config, nodes: Sequence[Node], device: str, *, policy: bool, r
     train, generate, judge = _homes(nodes)
     room = _Room(nodes, config.gpu_share, counted=device == "gpu")
     problems: list[str] = []
+    at = _share(train, ranks, tensor) if train and not room.counted else _fill(room, train, ranks, tensor, problems)
+    gpus = config.rollout.tensor_parallel
     placement = Placement(
-        _share(train, ranks, tensor) if train and not room.counted else _fill(room, train, ranks, tensor, problems),
-        _spread(room, generate, engines, config.rollout.tensor_parallel, "rollout.replicas", problems),
+        at,
+        _beside(at, engines, gpus, room.counted, problems)
+        if policy and config.rollout.colocated
+        else _spread(room, generate, engines, gpus, "rollout.replicas", problems),
         _spread(room, judge, servers, config.genrm.tensor_parallel, "genrm.servers", problems),
     )
     if room.counted and config.gpu_share < 1 and ranks > 1:
@@ -138,6 +143,17 @@ def _share(nodes: Sequence[Node], ranks: int, tensor: int) -> tuple[Node, ...]:
     """Consecutive tensor groups in even shares, where nobody counts cards."""
     groups = ranks // tensor
     return tuple(nodes[rank // tensor * len(nodes) // groups] for rank in range(ranks))
+
+
+def _beside(ranks: Sequence[Node], count: int, gpus: int, counted: bool, problems: list[str]) -> tuple[Node, ...]:
+    """Colocated engines: each has the cards of the next `gpus` policy ranks."""
+    groups = [ranks[i * gpus : (i + 1) * gpus] for i in range(count)]
+    torn = [i for i, group in enumerate(groups) if len({node.id for node in group}) > 1]
+    if counted and torn:
+        problems.append(
+            f"rollout.colocated: engine {torn[0]} would have policy ranks of several nodes; lower rollout.tensor_parallel"
+        )
+    return tuple(group[0] for group in groups if group)
 
 
 def _spread(

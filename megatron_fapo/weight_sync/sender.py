@@ -99,6 +99,11 @@ class WeightSender:
         target.copy_(tensor.detach().contiguous().view(-1).view(torch.uint8))
         return replace(entry, checksum=checksum(target)) if self._verify else entry
 
+    def release_device(self) -> None:
+        """Between refits: give buffers in device memory back, for whoever else works on the card."""
+        if self._transport == "cuda_ipc":
+            self.close()
+
     def close(self) -> None:
         """Give the buffers back. Call it when every engine has confirmed its last bucket."""
         for buffer in self._buffers:

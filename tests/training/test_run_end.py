@@ -71,6 +71,8 @@ def test_a_stop_during_the_logprobs_is_honoured_before_the_updates(
             reward=SimpleNamespace(begin_step=lambda step: None, metrics=dict),
             while_judged=while_judged,
             refit=nothing,
+            enter=nothing,
+            serving=True,
         )
         with pytest.raises(StopRequestedError):
             await loop.train(run.config, cluster, run, {}, stop)
