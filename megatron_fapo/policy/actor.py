@@ -13,14 +13,19 @@ import shutil
 import socket
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_fapo.checksums import FileSum
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.observe.log import setup_logging
 from megatron_fapo.policy.batch import TrainSample
-from megatron_fapo.policy.worker import PolicyWorker, Rank, StepResult
+from megatron_fapo.policy.checkpoint import Part, Saver, load, verify
+from megatron_fapo.policy.hf_weights import exports, owns_export
+from megatron_fapo.policy.parallel import Rank
+from megatron_fapo.policy.worker import PolicyWorker, StepResult
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
@@ -59,39 +64,59 @@ class PolicyActor:
         return {
             "data_rank": self.worker.data_rank,
             "reports": self.worker.reports,
-            "owns_weights": state.get_tensor_model_parallel_rank() == 0,
+            "exports": exports(state),
             "gpu": _gpu_uuid(options["device"]),
+            "cards": ray.get_runtime_context().get_accelerator_ids()["GPU"] if options["device"] == "gpu" else [],
             "pid": os.getpid(),
         }
 
-    def logprobs(self, samples: Sequence[TrainSample], reference: bool) -> list[list[float]] | None:
-        """Collective; see PolicyWorker.logprobs."""
-        return self._up.logprobs(samples, reference=reference)
+    def enter(self, phase: str) -> dict[str, float]:
+        """Have on the device what the phase needs; see policy/memory.py. Returns the ledger's metrics."""
+        worker = self._up
+        if self.sender is not None and worker.memory.offload and phase != "refit":
+            self.sender.release_device()
+        return worker.memory.enter(phase)
 
-    def train(self, samples: Sequence[TrainSample], loss: str) -> StepResult:
+    def logprobs(self, packs: Sequence[Sequence[TrainSample]], reference: bool) -> list[list[list[float]]] | None:
+        """Collective; see PolicyWorker.logprobs."""
+        return self._up.logprobs(packs, reference=reference)
+
+    def train(self, packs: Sequence[Sequence[TrainSample]], loss: str) -> StepResult:
         """Collective; see PolicyWorker.train."""
-        return self._up.train(samples, loss=loss)
+        return self._up.train(packs, loss=loss)
 
     def save(self, directory: str) -> None:
-        """Collective; see policy/checkpoint.py."""
-        from megatron_fapo.policy import checkpoint
+        """Copy this rank's part of the state and begin to write it. Collective; see policy/checkpoint.py."""
+        self._saver.begin(Path(directory))
 
-        checkpoint.save(self._up, directory)
+    def saved(self) -> Part | None:
+        """What the save under way has written; None while it writes. Not collective, so it may come at any time."""
+        return self._saver.part()
+
+    def complete_save(self, parts: list[Part]) -> dict[str, FileSum]:
+        """Write the index of all ranks' parts, on rank 0; returns the files. Not collective."""
+        return self._saver.complete(parts)
+
+    @cached_property
+    def _saver(self) -> Saver:
+        return Saver(self._up)
+
+    def verify(self, directory: str, files: dict[str, str], ranks: int) -> list[str]:
+        """What is wrong with this rank's share of `files`. Not collective; see policy/checkpoint.py."""
+        return verify(Path(directory), files, self.rank, ranks)
 
     def load(self, directory: str) -> None:
         """Collective; see policy/checkpoint.py."""
-        from megatron_fapo.policy import checkpoint
-
-        checkpoint.load(self._up, directory)
+        load(self._up, directory)
 
     def export(self, directory: str) -> list[str]:
-        """Write this stage's part of an HF checkpoint. Collective over a data-parallel replica. Returns its names."""
+        """Write this stage's part of an HF checkpoint. Collective over the ranks that export. Returns its names."""
         from megatron_fapo.policy.hf_weights import save_stage
 
         state = self._up.state
         tensors = self._up.export()
-        if state.get_tensor_model_parallel_rank() != 0:
-            for _ in tensors:  # the gathers need every tensor rank
+        if not owns_export(state):
+            for _ in tensors:  # the gathers need every rank that exports
                 pass
             return []
         path = Path(directory)
@@ -110,8 +135,7 @@ class PolicyActor:
             local = "cuda_ipc" if "cuda_ipc" in transports else "shm"
             self.sender = WeightSender(bucket_mb, local, ray.put if "network" in transports else None)
         worker = self._up
-        owner = worker.state.get_tensor_model_parallel_rank() == 0
-        self.sender.open(worker.export(), owner=owner, verify=verify)
+        self.sender.open(worker.export(), owner=owns_export(worker.state), verify=verify)
 
     def next_bucket(self) -> Any:
         """The next bucket, or None. Collective over this stage's tensor ranks."""

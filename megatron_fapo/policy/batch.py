@@ -1,22 +1,27 @@
-"""From samples to micro-batches: pure decisions, no processes.
+"""A micro-batch as tensors: samples packed into one row, cut for this context rank.
 
-In: training samples of one global mini-batch. Out: per data-parallel rank, micro-batches as tensors.
+In: the samples of one micro-batch (`policy/packing.py` decides which). Out: one `MicroBatch`.
 
 Invariants (asserted by the tests)
-- every sample is in exactly one micro-batch of exactly one data-parallel rank;
-- a micro-batch holds at most `max_tokens` tokens, padding included, unless a single sample is longer;
-- every rank has at least one micro-batch: a rank without samples gets a filler that carries no loss;
-- response token j of a sample is predicted from the position before it, and only there.
+- samples lie one after the other, and attention ends at their bounds; padding is a tail of the sample before it, which
+  no token of a sample can see;
+- response token j of a sample is predicted from the position before it, and only there: over the context ranks every
+  response token is predicted exactly once.
 
-Shapes: B samples, T padded length, N response tokens of the micro-batch.
+Shapes: T tokens of the pack, t = T / context ranks of this rank, N response tokens that this rank predicts.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+
+from megatron_fapo.policy.attention import slices_of
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,6 @@ class TrainSample:
     behaviour_logprobs: tuple[float, ...] | None = None
     """The same tokens as the rollout engine saw them."""
     reference_logprobs: tuple[float, ...] | None = None
-    filler: bool = False
-    """Present only so that a rank has something to compute; carries no loss."""
 
     @property
     def tokens(self) -> int:
@@ -40,94 +43,108 @@ class TrainSample:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """One forward-backward pass. Per-token tensors are flat over the response tokens of all samples."""
+class Padding:
+    """What lengths must be multiples of."""
 
-    tokens_BT: torch.Tensor
-    positions_BT: torch.Tensor
+    sequence: int = 1
+    """Of every sample: twice the context ranks, if there are several."""
+    total: int = 1
+    """Of the pack: what sequence parallelism splits and FP8 products ask for."""
+
+    @classmethod
+    def of(cls, *, context: int, tensor: int, fp8: bool) -> Padding:
+        """
+        Args:
+            tensor: ranks that split activations along the sequence; 1 without sequence parallelism.
+            fp8: a rank's tokens must be a multiple of 16, after they were split.
+        """
+        sequence = 1 if context == 1 else 2 * context
+        return cls(sequence, math.lcm(sequence, context * tensor * (16 if fp8 else 1)))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward-backward pass of a rank. Per-token tensors are flat over the response tokens that it predicts."""
+
+    tokens_1t: torch.Tensor
+    cu_seqlens: torch.Tensor
+    """Where the samples begin in the pack, and its end: int32, over all context ranks."""
+    longest: int
     index_N: torch.Tensor
-    """Row of the flattened [B*T] logits that predicts each response token."""
+    """Which of this rank's positions predicts each response token."""
+    place_N: torch.Tensor
+    """Which response token of the micro-batch it is, counted over all samples and context ranks."""
     target_N: torch.Tensor
     advantage_N: torch.Tensor
-    old_N: torch.Tensor | None = None
-    behaviour_N: torch.Tensor | None = None
-    reference_N: torch.Tensor | None = None
-    samples: tuple[int, ...] = field(default=())
-    """Which samples of the rank's list these are, in order."""
-    response_lengths: tuple[int, ...] = field(default=())
+    old_N: torch.Tensor | None
+    behaviour_N: torch.Tensor | None
+    reference_N: torch.Tensor | None
+    response_lengths: tuple[int, ...]
+    """Of every sample; () of a micro-batch without samples, which carries no loss."""
+
+    def packed_seq_params(self) -> Any:
+        from megatron.core.packed_seq_params import PackedSeqParams
+
+        ends, longest = self.cu_seqlens, self.longest
+        return PackedSeqParams("thd", ends, ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def split_over_data_ranks(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Deal samples to ranks, longest first in snake order, so that ranks get equal counts and near-equal tokens."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    dealt: list[list[int]] = [[] for _ in range(ranks)]
-    for place, sample in enumerate(order):
-        lap, slot = divmod(place, ranks)
-        dealt[slot if lap % 2 == 0 else ranks - 1 - slot].append(sample)
-    return [sorted(part) for part in dealt]
+def padded_lengths(lengths: Sequence[int], padding: Padding) -> list[int]:
+    """What samples of these lengths take in a pack; the last one also has what the pack itself needs."""
+    padded = [-(-length // padding.sequence) * padding.sequence for length in lengths]
+    padded[-1] += -sum(padded) % padding.total
+    return padded
 
 
-def plan_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Group samples of like length so that (count x longest) stays within `max_tokens`."""
-    batches: list[list[int]] = []
-    current: list[int] = []
-    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        longest = lengths[current[0]] if current else lengths[sample]
-        if current and (len(current) + 1) * longest > max_tokens:
-            batches.append(current)
-            current = []
-        current.append(sample)
-    return [*batches, current] if current else batches
-
-
-def build_micro_batches(
-    samples: Sequence[TrainSample], max_tokens: int, multiple: int, device: str
-) -> list[MicroBatch]:
-    """Tensors for one data-parallel rank.
-
-    Args:
-        samples: this rank's samples; must not be empty (use `with_filler`).
-        max_tokens: padded tokens of one micro-batch.
-        multiple: padded length is a multiple of this (sequence parallelism splits it over tensor ranks).
-        device: where the tensors go.
+def build_micro_batch(
+    samples: Sequence[TrainSample], padding: Padding, *, device: str, rank: int = 0, ranks: int = 1
+) -> MicroBatch:
     """
-    plan = plan_micro_batches([s.tokens for s in samples], max_tokens)
-    return [_micro_batch([samples[i] for i in part], tuple(part), multiple, device) for part in plan]
+    Args:
+        samples: in the order of the pack. None: this data-parallel rank has fewer samples than the others, and joins
+            their collectives with one token that carries no loss.
+        padding: what lengths are padded to.
+        device: where the tensors go.
+        rank: this context rank.
+        ranks: context ranks.
+    """
+    padded = padded_lengths([s.tokens for s in samples] or [1], padding)
+    ends = [0, *itertools.accumulate(padded)]
+    tokens_T = torch.zeros(ends[-1], dtype=torch.long)
+    for start, s in zip(ends, samples, strict=False):
+        tokens_T[start : start + s.tokens] = torch.tensor(s.prompt_ids + s.response_ids)
 
+    parts = [(start, part) for i, start in enumerate(ends[:-1]) for part in slices_of(padded[i], rank, ranks)]
+    mine = torch.cat([torch.arange(start + part.start, start + part.stop) for start, part in parts])
+    local_T = torch.full((ends[-1],), -1)
+    local_T[mine] = torch.arange(len(mine))
+    counts = [len(s.response_ids) for s in samples]
+    first = [start + len(s.prompt_ids) - 1 for start, s in zip(ends, samples, strict=False)]
+    spans = [torch.arange(start, start + count) for start, count in zip(first, counts, strict=True)]
+    index_M = local_T[torch.cat([torch.empty(0, dtype=torch.long), *spans])]
+    place_N = (index_M >= 0).nonzero()[:, 0]
 
-def with_filler(samples: Sequence[TrainSample]) -> list[TrainSample]:
-    """Samples of a rank, or one filler when there are none: every rank must join the collectives."""
-    return list(samples) or [TrainSample(prompt_ids=(0,), response_ids=(0,), filler=True)]
-
-
-def _micro_batch(samples: list[TrainSample], which: tuple[int, ...], multiple: int, device: str) -> MicroBatch:
-    width = -(-max(s.tokens for s in samples) // multiple) * multiple
-    tokens_BT = torch.zeros(len(samples), width, dtype=torch.long)
-    for row, sample in enumerate(samples):
-        tokens_BT[row, : sample.tokens] = torch.tensor(sample.prompt_ids + sample.response_ids)
-    lossy = [(row, s) for row, s in enumerate(samples) if not s.filler]
-
-    def flat(name: str) -> torch.Tensor | None:
-        values = [getattr(s, name) for _, s in lossy]
-        if any(v is None for v in values):
+    def flat(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        values = [getattr(s, name) for s in samples]
+        if None in values:
             return None
-        return torch.tensor([x for v in values for x in v], dtype=torch.float32, device=device)
+        return torch.tensor([x for v in values for x in v], dtype=dtype)[place_N].to(device)
 
-    starts = [row * width + len(s.prompt_ids) - 1 for row, s in lossy]
-    index = [start + j for start, (_, s) in zip(starts, lossy, strict=True) for j in range(len(s.response_ids))]
+    target_N = flat("response_ids", torch.long)
+    assert target_N is not None
+    advantage_M = torch.tensor([s.advantage for s in samples]).repeat_interleave(torch.tensor(counts, dtype=torch.long))
     return MicroBatch(
-        tokens_BT=tokens_BT.to(device),
-        positions_BT=torch.arange(width, device=device).expand(len(samples), width),
-        index_N=torch.tensor(index, dtype=torch.long, device=device),
-        target_N=torch.tensor([t for _, s in lossy for t in s.response_ids], dtype=torch.long, device=device),
-        advantage_N=torch.tensor(
-            [s.advantage for _, s in lossy for _ in s.response_ids], dtype=torch.float32, device=device
-        ),
+        tokens_1t=tokens_T[mine][None].to(device),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
+        longest=max(padded),
+        index_N=index_M[place_N].to(device),
+        place_N=place_N.to(device),
+        target_N=target_N,
+        advantage_N=advantage_M[place_N].to(device),
         old_N=flat("old_logprobs"),
         behaviour_N=flat("behaviour_logprobs"),
         reference_N=flat("reference_logprobs"),
-        samples=which,
-        response_lengths=tuple(0 if s.filler else len(s.response_ids) for s in samples),
+        response_lengths=tuple(counts),
     )
 
 

@@ -1,27 +1,33 @@
 """The driver's side of the policy: all ranks as one object.
 
 In: samples of a step. Out: log-probabilities in the same order, or the metrics of an optimizer update.
-The group deals samples over data-parallel ranks; ranks of one data-parallel replica all get the same samples.
+The group deals samples over micro-batches of data-parallel replicas; ranks of one replica all get the same samples.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from megatron_fapo.algorithm.loss import finish_token_sums
+from megatron_fapo.checksums import FileSum
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import copy_model_files
-from megatron_fapo.policy.batch import TrainSample, split_over_data_ranks
+from megatron_fapo.policy.batch import TrainSample
+from megatron_fapo.policy.checkpoint import Part
+from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.policy.hf_weights import write_index
-from megatron_fapo.policy.worker import SUPERVISED, Rank
+from megatron_fapo.policy.packing import CostModel, Schedule, schedule_for
+from megatron_fapo.policy.parallel import Rank
+from megatron_fapo.policy.worker import SUPERVISED
 from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
 from megatron_fapo.weight_sync.protocol import Place
 
@@ -80,36 +86,46 @@ class PolicyGroup:
 
     @property
     def senders(self) -> list[int]:
-        """The ranks that take part in a refit: those of the first data-parallel replica."""
-        return [i for i, facts in enumerate(self._facts) if facts["data_rank"] == 0]
+        """The ranks that take part in a refit or an export (hf_weights.exports)."""
+        return [i for i, facts in enumerate(self._facts) if facts["exports"]]
 
     @property
     def places(self) -> list[Place]:
         """Where the senders are."""
         return [Place(self._ranks[i].node.id, (str(self._facts[i]["gpu"]),)) for i in self.senders]
 
+    def cards(self, gpus: int) -> list[list[str]]:
+        """Ray's ids of the GPUs of each `gpus` consecutive ranks; none on CPUs."""
+        cards = [card for facts in self._facts for card in facts["cards"]]
+        return [cards[i : i + gpus] for i in range(0, len(cards) - gpus + 1, gpus)]
+
+    async def enter(self, phase: str) -> dict[str, float]:
+        """Have on every rank's device what the phase of memory.PLAN needs; returns the ledger, the largest of all ranks
+        in each entry."""
+        ledgers = await self._gather("memory", [actor.enter.remote(phase) for actor in self._actors])
+        return {name: max(ledger[name] for ledger in ledgers) for name in ledgers[0]}
+
     async def logprobs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[list[float]]:
         """Log-probabilities of the response tokens, one list per sample, in order."""
-        parts = self._deal(samples)
-        results = await self._gather(
-            "logprobs",
-            [
-                actor.logprobs.remote(refs, reference)
-                for actor, refs in zip(self._actors, self._put(samples, parts), strict=True)
-            ],
-        )
+        plan = self._schedule(samples, self._config.policy.logprob_micro_batch_tokens)
+        calls = [
+            actor.logprobs.remote(packs, reference)
+            for actor, packs in zip(self._actors, self._put(samples, plan), strict=True)
+        ]
+        results = await self._gather("logprobs", calls)
         merged: list[list[float]] = [[] for _ in samples]
         for facts, result in zip(self._facts, results, strict=True):
             if facts["reports"]:
-                for index, values in zip(parts[facts["data_rank"]], result, strict=True):
-                    merged[index] = values
+                for part, values in zip(plan.micro_batches[facts["data_rank"]], result, strict=True):
+                    for index, value in zip(part, values, strict=True):
+                        merged[index] = value
         return merged
 
     async def train(self, samples: Sequence[TrainSample], *, loss: str = "policy") -> dict[str, float]:
         """One optimizer update on one global mini-batch; returns its metrics, `policy/...`."""
-        parts = self._deal(samples)
-        refs = self._put(samples, parts)
-        calls = [a.train.remote(r, loss) for a, r in zip(self._actors, refs, strict=True)]
+        plan = self._schedule(samples, self._config.policy.micro_batch_tokens)
+        packs = self._put(samples, plan)
+        calls = [actor.train.remote(mine, loss) for actor, mine in zip(self._actors, packs, strict=True)]
         results = await self._gather("train", calls)
         sums: dict[str, float] = {}
         for facts, result in zip(self._facts, results, strict=True):
@@ -121,20 +137,60 @@ class PolicyGroup:
             return metrics | {"policy/supervised_loss": sums["supervised_loss"] / max(sums["tokens"], 1.0)}
         return metrics | finish_token_sums(sums)
 
-    def _deal(self, samples: Sequence[TrainSample]) -> list[list[int]]:
-        return split_over_data_ranks([s.tokens for s in samples], self._config.policy.parallel.data)
+    def _schedule(self, samples: Sequence[TrainSample], max_tokens: int) -> Schedule:
+        return schedule_for(self._config.policy.parallel, self._cost, [s.tokens for s in samples], max_tokens)
 
-    def _put(self, samples: Sequence[TrainSample], parts: list[list[int]]) -> list[Any]:
-        """Each data-parallel part once into the object store; one reference per rank."""
+    @cached_property
+    def _cost(self) -> CostModel:
+        cfg = self._config.policy
+        return CostModel.from_shape(read_model_shape(cfg.model_path, cfg.max_position_embeddings))
+
+    def _put(self, samples: Sequence[TrainSample], plan: Schedule) -> list[Any]:
+        """The micro-batches of each data-parallel replica once into the object store; one reference per rank."""
         import ray
 
-        refs = [ray.put([samples[i] for i in part]) for part in parts]
+        refs = [ray.put([[samples[i] for i in part] for part in rank]) for rank in plan.micro_batches]
         return [refs[facts["data_rank"]] for facts in self._facts]
 
     async def save(self, directory: Path) -> None:
-        """Write weights, optimizer, schedule and random state; and what describes the model, beside them."""
+        """Copy weights, optimizer, schedule and random state, and begin to write them; `saved` says when they are.
+
+        What describes the model goes beside them.
+        """
         await self._gather("save", [actor.save.remote(str(directory)) for actor in self._actors])
         self._copy_model_files(directory / "hf")
+
+    async def saved(self) -> dict[str, FileSum]:
+        """Wait until all ranks have written, then complete the directory; returns what they wrote, by name.
+
+        Ranks are asked rather than awaited: one that trains answers when it is done, and is not kept from training.
+
+        Raises:
+            CheckpointError: a rank could not write.
+        """
+        parts: dict[int, Part] = {}
+        pause_s = 0.05
+        with WAITS.on("policy.saved", "the ranks that write a checkpoint"):
+            while missing := [i for i in range(len(self._actors)) if i not in parts]:
+                calls = [self._actors[i].saved.remote() for i in missing]
+                # Each question would count as progress: while ranks answer, no stall of anything else would be seen.
+                found = await self._gather("saved", calls, missing, watched=False)
+                parts |= {i: part for i, part in zip(missing, found, strict=True) if part is not None}
+                await asyncio.sleep(0 if len(parts) == len(self._actors) else pause_s)
+                pause_s = min(2 * pause_s, 2.0)
+        call = self._actors[0].complete_save.remote([parts[i] for i in range(len(parts))])
+        files: dict[str, FileSum] = (await self._gather("saved", [call], [0]))[0]
+        return files
+
+    async def verify(self, directory: Path, files: dict[str, str]) -> list[str]:
+        """What is wrong with files of a checkpoint, each read by one rank; [] when nothing is.
+
+        Args:
+            files: SHA-256 by name, relative to `directory`.
+        """
+        ranks = len(self._actors)
+        calls = [actor.verify.remote(str(directory), files, ranks) for actor in self._actors]
+        return [problem for found in await self._gather("verify", calls) for problem in found]
 
     async def load(self, directory: Path) -> None:
         """Restore what `save` wrote, whatever layout saved it."""
@@ -169,16 +225,19 @@ class PolicyGroup:
     async def _next_bucket(self, index: int) -> Any:
         return (await self._gather("next_bucket", [self._actors[index].next_bucket.remote()], [index]))[0]
 
-    async def _gather(self, what: str, calls: Sequence[Any], ranks: Sequence[int] | None = None) -> list[Any]:
+    async def _gather(
+        self, what: str, calls: Sequence[Any], ranks: Sequence[int] | None = None, *, watched: bool = True
+    ) -> list[Any]:
         """All results in order; the first rank to fail ends the wait, since the others hang in its collectives.
 
         Args:
             ranks: whose calls they are; None: everybody's.
+            watched: by the stall watch.
         """
         import ray.exceptions
 
         async def answer(rank: int, call: Any) -> Any:
-            with WAITS.on(f"policy.{what}", self._ranks[rank]):
+            with WAITS.on(f"policy.{what}", self._ranks[rank]) if watched else contextlib.nullcontext():
                 return await call
 
         tasks = [asyncio.ensure_future(answer(*each)) for each in zip(ranks or range(len(calls)), calls, strict=True)]

@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from megatron_fapo.config.policy import OptimizerConfig
+from megatron_fapo.errors import UserError
 
 _FOREVER = 2**40
 """Decay steps of a constant schedule: mcore wants a number."""
+_STATE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.uint8,  # mcore's and Transformer Engine's name for it
+}
 
 
-def ddp_config() -> Any:
-    """Gradients are reduced in float32 and only once per update, after the last micro-batch."""
+def ddp_config(*, overlap: bool = False) -> Any:
+    """Gradients are reduced in float32 and only once per update: after the last micro-batch, or `overlap` its backward
+    pass."""
     from megatron.core.distributed import DistributedDataParallelConfig
 
     return DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=True
+        grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=True
     )
 
 
-def make_optimizer(model: Any, cfg: OptimizerConfig, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(optimizer, scheduler) for a DDP-wrapped model. Norm weights and biases do not decay, as is mcore's rule."""
+def make_optimizer(chunks: list[Any], cfg: OptimizerConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(optimizer, scheduler) for a rank's DDP-wrapped chunks. Norm weights and biases do not decay, as is mcore's rule.
+
+    Raises:
+        UserError: low-precision state is asked for and Transformer Engine is not installed.
+    """
     from megatron.core.optimizer import OptimizerConfig as McoreConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+    if problem := state_dtype_problem(cfg):
+        raise UserError(problem)
+    hybrid = cfg.offload_fraction > 0
+    moments = _STATE_DTYPES[cfg.moments_dtype]
     optimizer = get_megatron_optimizer(
         McoreConfig(
             optimizer="adam",
@@ -40,8 +57,17 @@ def make_optimizer(model: Any, cfg: OptimizerConfig, dtype: torch.dtype) -> tupl
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            # The hybrid optimizer keeps float32 weights of its own; without this mcore would keep them once more, on
+            # the device. Of a float32 model it would lose the gradients of the device's half.
+            use_precision_aware_optimizer=cfg.low_precision or (hybrid and dtype == torch.bfloat16),
+            main_params_dtype=_STATE_DTYPES[cfg.main_dtype],
+            exp_avg_dtype=moments,
+            exp_avg_sq_dtype=moments,
+            optimizer_cpu_offload=hybrid,
+            optimizer_offload_fraction=cfg.offload_fraction,
+            overlap_cpu_optimizer_d2h_h2d=hybrid,
         ),
-        [model],
+        chunks,
     )
     _create_state(optimizer)
     scheduler = OptimizerParamScheduler(
@@ -60,6 +86,21 @@ def make_optimizer(model: Any, cfg: OptimizerConfig, dtype: torch.dtype) -> tupl
     return optimizer, scheduler
 
 
+def state_dtype_problem(cfg: OptimizerConfig, *, device: str | None = None) -> str | None:
+    """Why the optimizer cannot keep its state in the types asked for, with the remedy.
+
+    Args:
+        device: where the policy will run; None: here.
+    """
+    if not cfg.low_precision or (device != "cpu" and find_spec("transformer_engine") is not None):
+        return None
+    where = "does not run on a CPU" if device == "cpu" else "is not installed"
+    return (
+        f"policy.optimizer.main_dtype={cfg.main_dtype}, moments_dtype={cfg.moments_dtype}: only the Adam of "
+        f"Transformer Engine keeps such state, and it {where}; set both to float32"
+    )
+
+
 def _create_state(optimizer: Any) -> None:
     """Give torch's AdamW its (zero) state now rather than in its first step.
 
@@ -67,13 +108,16 @@ def _create_state(optimizer: Any) -> None:
     Fused optimizers of Transformer Engine and apex keep the count elsewhere and are left alone.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        adam = part.optimizer
-        if not isinstance(adam, torch.optim.AdamW):
-            continue
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                adam.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+        inner = part.optimizer
+        for adam in getattr(inner, "sub_optimizers", [inner]):
+            if not isinstance(adam, torch.optim.AdamW):
+                continue
+            for group in adam.param_groups:
+                for parameter in group["params"]:
+                    adam.state[parameter] = {
+                        "step": torch.tensor(0.0, device=parameter.device if group.get("fused") else "cpu"),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+        if hasattr(inner, "sub_optimizers"):
+            inner._sync_sub_optimizers_state_to_hdo()

@@ -8,13 +8,16 @@ from __future__ import annotations
 import multiprocessing
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
-from megatron_fapo.policy.worker import PolicyWorker, Rank
+from megatron_fapo.policy.batch import TrainSample
+from megatron_fapo.policy.packing import CostModel, schedule_for
+from megatron_fapo.policy.parallel import Rank
+from megatron_fapo.policy.worker import PolicyWorker
 
 
 def free_port() -> int:
@@ -59,9 +62,9 @@ class Ranks:
             pipe.send((function, args, world, port))
         results = []
         for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(120):
+            if not pipe.poll(240):
                 self.close()
-                raise TimeoutError(f"rank {rank} did not answer in 120 s")
+                raise TimeoutError(f"rank {rank} did not answer in 240 s")
             results.append(pipe.recv())
         if failures := [text for ok, text in results if not ok]:
             self.close()  # the others may hang in a collective of the failed rank
@@ -75,12 +78,25 @@ class Ranks:
         self.processes, self.pipes = [], []
 
 
-def policy_config(model: str, tp: int = 1, pp: int = 1, dp: int = 1, sp: bool = False, **kwargs: Any) -> PolicyConfig:
+def policy_config(model: str, layout: dict[str, Any] | None = None, **kwargs: Any) -> PolicyConfig:
+    """
+    Args:
+        layout: fields of `policy.parallel`.
+    """
     kwargs.setdefault("optimizer", OptimizerConfig(lr=1e-3, warmup_steps=0))
-    parallel = ParallelConfig(tensor=tp, pipeline=pp, data=dp, sequence_parallel=sp)
-    return PolicyConfig(model_path=model, parallel=parallel, **kwargs)
+    return PolicyConfig(model_path=model, parallel=ParallelConfig(**layout or {}), **kwargs)
 
 
 def make_worker(rank: Rank, cfg: PolicyConfig, algorithm: AlgorithmConfig | None = None, **kw: Any) -> PolicyWorker:
     kw = {"device": "cpu", "dtype": "float32", "seed": 1} | kw
     return PolicyWorker(rank, cfg, algorithm or AlgorithmConfig(), **kw)
+
+
+def packs_of(worker: PolicyWorker, samples: Sequence[TrainSample]) -> tuple[list[list[int]], list[list[TrainSample]]]:
+    """This data-parallel rank's micro-batches, as the group deals them: indexes, and the samples."""
+    cfg = worker.cfg
+    plan = schedule_for(
+        cfg.parallel, CostModel.from_shape(worker.shape), [s.tokens for s in samples], cfg.micro_batch_tokens
+    )
+    indexes = [list(part) for part in plan.micro_batches[worker.data_rank]]
+    return indexes, [[samples[i] for i in part] for part in indexes]
