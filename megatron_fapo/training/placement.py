@@ -151,7 +151,7 @@ def _beside(ranks: Sequence[Node], count: int, gpus: int, counted: bool, problem
     torn = [i for i, group in enumerate(groups) if len({node.id for node in group}) > 1]
     if counted and torn:
         problems.append(
-            f"rollout.colocated: engine {torn[0]} would have policy ranks of several nodes; lower rollout.tensor_parallel"
+            f"rollout.colocated: engine {torn[0]} would be on several nodes, as its policy ranks; lower its size"
         )
     return tuple(group[0] for group in groups if group)
 
