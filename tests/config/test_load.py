@@ -166,6 +166,10 @@ def test_broken_yaml_names_its_line_and_duplicate_keys_are_refused(tmp_path):
         (["rollout.sampling.temperature=0"], "rollout.sampling.temperature"),
         (["reward.rho_shift=1", "reward.flawed_penalty=0.5"], "reward.rho_shift"),
         (["data.question_key=question"], "data.answer_key"),
+        (["policy.offload=true"], "rollout.colocated"),
+        (["rollout.colocated=true", "cluster.train_nodes=1", "cluster.rollout_nodes=1"], "cluster.rollout_nodes"),
+        (["policy.optimizer.offload_fraction=1", "policy.optimizer.moments_dtype=fp8"], "moments_dtype"),
+        (["policy.optimizer.main_dtype=float16", "policy.dtype=float32"], "policy.dtype"),
     ],
 )
 def test_rules_across_sections(overrides, fields):
@@ -191,6 +195,8 @@ NO_GENRM = "genrm.enabled=false"
         (["genrm.rendezvous=judges.json"], "genrm.model_path", {"train", "evaluate"}),
         (["genrm.rendezvous=judges.json", "genrm.model_path=x"], "", set()),
         (["reward.compute_score=a:b"], "", set()),
+        ([NO_GENRM, "rollout.colocated=true", "rollout.tensor_parallel=2"], "rollout.tensor_parallel", {"train"}),
+        ([NO_GENRM, "rollout.colocated=true", "policy.offload=true"], "", set()),
     ],
 )
 def test_rules_of_one_use_do_not_trouble_another(overrides, fields, purposes):

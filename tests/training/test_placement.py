@@ -123,6 +123,22 @@ def test_two_policy_ranks_never_share_a_card() -> None:
     place(make_config((1, 1, 2), gpu_share=0.5), make_nodes(""), "gpu", policy=False, rollout=True, genrm=True)
 
 
+def colocated(ranks: tuple[int, int, int], engines: tuple[int, int], **top: Any) -> Config:
+    config = make_config(ranks, engines, (0, 1), **top)
+    return config.model_copy(update={"rollout": config.rollout.model_copy(update={"colocated": True})})
+
+
+def test_colocated_engines_are_where_their_policy_ranks_are_and_take_no_room() -> None:
+    plan = placed(colocated((4, 1, 4), (4, 4)), make_nodes("train", "train"))
+    assert (indices(plan.policy), indices(plan.engines)) == ([0] * 8 + [1] * 8, [0, 0, 1, 1])
+    assert indices(placed(colocated((1, 1, 2), (2, 1)), make_nodes("", gpus=2)).engines) == [0, 0]
+    with pytest.raises(UserError, match="engine 1 would be on several nodes"):
+        placed(colocated((2, 1, 4), (2, 4)), make_nodes("train", "train", gpus=6))
+    # Without the policy, as for an evaluation, they need GPUs of their own.
+    alone = place(colocated((1, 1, 2), (2, 1)), make_nodes("", gpus=2), "gpu", policy=False, rollout=True, genrm=True)
+    assert indices(alone.engines) == [0, 0]
+
+
 ROLE_SETS = st.sampled_from(["train", "rollout", "genrm", "train rollout genrm"])
 
 
