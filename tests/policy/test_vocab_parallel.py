@@ -130,15 +130,16 @@ def test_certain_tokens_and_no_tokens() -> None:
 
 
 class _Bytes(TorchDispatchMode):
-    """Bytes of the tensors that operations made beside `given` and that are still alive: now, and at most."""
+    """Operations, and bytes of the tensors that they made beside `given` and that are still alive: now, and at most."""
 
     def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations += 1
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
                 self.seen.add(storage)
@@ -165,3 +166,31 @@ def test_memory_is_blocks_and_gradients(tokens: int) -> None:
         (logprob.sum() + entropy.sum()).backward()
     of_hidden_and_weight = 4 * (3 * hidden.numel() + weight.numel())
     assert used.peak < 5 * chunk + of_hidden_and_weight + 2**17
+
+
+def test_an_entropy_that_nobody_uses_costs_no_backward() -> None:
+    operations, gradients = [], []
+    for with_entropy, loss in (
+        (False, lambda logprob, entropy: logprob.sum()),
+        (True, lambda logprob, entropy: logprob.sum()),
+        (True, lambda logprob, entropy: logprob.sum() + entropy.sum()),
+    ):
+        hidden, weight, index, target, *_ = _inputs()
+        results = logprob_entropy(
+            hidden.requires_grad_(),
+            weight,
+            index,
+            target,
+            temperature=1.0,
+            vocab=VOCAB,
+            rank=0,
+            with_entropy=with_entropy,
+        )
+        total = loss(*results)
+        with _Bytes() as used:
+            total.backward()
+        operations.append(used.operations)
+        gradients.append(hidden.grad)
+    print(operations)
+    assert operations[0] == operations[1] < operations[2]
+    assert torch.equal(gradients[0], gradients[1])
