@@ -162,3 +162,23 @@ def test_no_refit_under_samples_in_flight(engine, ranks):
         assert await engine.pool.versions() == [0]
 
     run(main())
+
+
+def test_an_engine_that_slept_serves_after_a_refit_and_not_before(engine, ranks):
+    """The turns of a colocated engine: asleep, weights, refit, KV cache. On CPUs the memory stays; the rules do not."""
+    assert engine.facts["frees_memory"] is False
+    run(engine.pool.sleep())
+    with pytest.raises(StaleEngineError, match="asleep, without kv_cache and weights"):
+        engine.generate(make_prompts(1), n=1)
+    run(engine.pool.wake(["weights"]))
+    with pytest.raises(StaleEngineError, match="asleep, without kv_cache"):
+        engine.generate(make_prompts(1), n=1)
+    refit(engine, ranks[:1], 0, 0)
+    run(engine.pool.wake(["kv_cache"]))
+    assert engine.standard_run() == engine.first_run
+    # Awake but not refitted: its weights are gone where memory is freed, so it serves nowhere.
+    run(engine.pool.sleep())
+    run(engine.pool.wake(["weights", "kv_cache"]))
+    with pytest.raises(StaleEngineError, match="is stale"):
+        engine.generate(make_prompts(1), n=1)
+    refit(engine, ranks[:1], 0, 0)
