@@ -77,6 +77,8 @@ def test_a_complete_run_has_no_problems(good):
         ("genrm.model_path=absent", "genrm.model_path: no config.json in absent"),
         ("policy.parallel.pipeline=3", "4 layers do not divide"),
         ("policy.parallel.tensor=4", "2 KV heads do not divide"),
+        ("policy.parallel.expert=2", "has no experts; set it to 1"),
+        ("policy.parallel.virtual_pipeline=2", "virtual_pipeline without a pipeline"),
         ("rollout.tensor_parallel=3", "rollout.tensor_parallel=3"),
         ("rollout.max_response_tokens=385", "= 513"),
         ("reward.compute_score=absent.py:f", "No such file"),
