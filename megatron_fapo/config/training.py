@@ -23,6 +23,9 @@ class CheckpointConfig(Section):
     """0: only at the end and on a stop signal."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints kept."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written: the policy's ranks copy weights and optimizer state into host
+    memory first, 12 to 18 bytes per parameter over all ranks. False: it waits, with the same copies."""
     best_metric: str | None = None
     """Also keep the checkpoint with the highest value of this metric, such as `eval/fpb/f1`, as checkpoints/best.
     Only steps that are evaluated and saved can be chosen; of equal ones the earliest is."""

@@ -16,13 +16,14 @@ fills it.
 
 from __future__ import annotations
 
+import json
 import queue
 import random
 import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +127,21 @@ class Saver:
         self._thread = None
         if self._error is not None:
             raise CheckpointError(
-                f"{self._directory}: rank {torch.distributed.get_rank()} could not write its part: {self._error}"
+                f"{self._directory}: rank {torch.distributed.get_rank()} could not write its part: {self._error}; mend "
+                "it, then go on with --resume from the last complete checkpoint"
             ) from self._error
         return self._part
 
     def complete(self, parts: list[Part]) -> dict[str, FileSum]:
         """Write the index of all ranks' parts, on rank 0; returns the files of the directory. Not collective."""
-        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+        from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
         from torch.distributed.checkpoint import FileSystemWriter
 
         FileSystemWriter(self._directory).finish(self._plan.metadata, [part.results for part in parts])
-        save_config(CheckpointingConfig(self._plan.backend, self._plan.version), str(self._directory))
-        index = {name: sum_file(self._directory / name) for name in (".metadata", "metadata.json")}
-        return index | {name: file for part in parts for name, file in part.files.items()}
+        with SummedFile(self._directory / CONFIG_FNAME) as file:
+            file.write(json.dumps(asdict(CheckpointingConfig(self._plan.backend, self._plan.version))).encode())
+        index = {".metadata": sum_file(self._directory / ".metadata"), CONFIG_FNAME: file.sum()}
+        return index | {name: each for part in parts for name, each in part.files.items()}
 
 
 def save(worker: Any, directory: str | Path) -> dict[str, FileSum]:
@@ -247,6 +250,7 @@ def _make_plan(worker: Any) -> Any:
         items: deque[tuple[Any, Any]]
 
         def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path, async_strategy: str = "") -> AsyncRequest:
+            del checkpoint_dir, async_strategy
             if not self.planned:  # data ranks hold the same weights; each writes a share
                 self.distribution = determine_main_replica_uniform_distribution(sharded_state_dict, data_ranks)
             distribute_main_replicas_with_precomputed_distribution(sharded_state_dict, data_ranks, self.distribution)

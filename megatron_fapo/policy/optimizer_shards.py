@@ -78,7 +78,9 @@ def sharded_state(part: Any, weights: Any, *, copy: bool) -> tuple[list[Any], li
     flats: list[tuple[Any, dict[str, Any]]] = []
     for parameter, start, stop in owned(part):
         # The data ranks share the parameter's optimizer state, so none of them is a replica of another.
-        tensors = [t for t in _whole_tensors(places[parameter]) if not copy or is_main_replica((*t[0].replica_id[:2], 0))]
+        tensors = [
+            t for t in _whole_tensors(places[parameter]) if not copy or is_main_replica((*t[0].replica_id[:2], 0))
+        ]
         if copy and not tensors:
             continue
         state = state_of(part, parameter)
@@ -116,7 +118,9 @@ def _whole_tensors(place: Any) -> list[tuple[Any, int]]:
     probe = torch.empty(place.data.shape, dtype=place.data.dtype, device="meta")
     parts = list(nested_values(replace(place, data=probe).build()))
     if not all(p.data.is_contiguous() and p.data._base is probe for p in parts):
-        raise RuntimeError(f"{place.key}: megatron-core stores it as other than slices of rows; its moments have no place")
+        raise RuntimeError(
+            f"{place.key}: megatron-core stores it as other than slices of rows; its moments have no place"
+        )
     return [(p, p.data.storage_offset()) for p in parts]
 
 

@@ -20,7 +20,7 @@ from megatron_fapo.config.show import dump_yaml
 from megatron_fapo.data.cursor import DataCursor
 from megatron_fapo.data.datasets import load_prompts
 from megatron_fapo.data.records import Group, Sample, ScoredSample
-from megatron_fapo.errors import UserError
+from megatron_fapo.errors import CheckpointError, UserError
 from megatron_fapo.observe.log import setup_logging
 from megatron_fapo.observe.loggers import Loggers
 from megatron_fapo.observe.metrics import MetricsWriter
@@ -29,9 +29,10 @@ from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import write_samples
 from megatron_fapo.observe.stall import WAITS, StallWatch
 from megatron_fapo.policy.batch import TrainSample, set_logprobs
+from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.processes import ProcessDiedError
-from megatron_fapo.training.checkpoint import CheckpointError, Checkpoints, RunState, require_space
+from megatron_fapo.training.checkpoint import Checkpoints, DamagedCheckpointError, RunState, files_of, require_space
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
 from megatron_fapo.training.failure import EXIT_FAILED, forget_failure, report_failure
@@ -53,6 +54,8 @@ class Run:
         self.dir = Path(config.run_dir)
         self.checkpoints = Checkpoints(self.dir, config.training.checkpoint)
         self.saved_step = state.step if self.checkpoints.complete() else -1
+        self.saving: asyncio.Task[None] | None = None
+        """The save under way in the background."""
         self.between_steps = True
         """False while the policy is being updated: its weights are then no step's."""
         self.phases: dict[str, float] = {}
@@ -77,23 +80,60 @@ class Run:
             self.progress.step(metrics)
 
     async def save(self, cluster: Cluster) -> None:
-        """A complete checkpoint of the state after the last finished step, unless there is one."""
+        """Begin a checkpoint of the state after the last finished step, unless there is one; `saved` waits for it.
+
+        Raises:
+            CheckpointError: this one cannot be begun, or the one before could not be written.
+        """
+        await self.saved()
         if self.saved_step == self.state.step:
             return
         assert cluster.policy is not None
         # Asked first: what a full disk does to a rank in the middle of a save is a stack trace from deep inside mcore.
         require_space(self.dir, 16 * read_model_shape(self.config.policy.model_path).parameters)
-        try:
+        with self._told(self.state.step):
+            partial = self.checkpoints.begin(self.state.step).resolve()
+            (partial / "config.yaml").write_text(dump_yaml(self.config))
             await cluster.enter("checkpoint")
-            await cluster.policy.save(self.checkpoints.begin(self.state.step).resolve() / "policy")
-            path = self.checkpoints.finish(self.state)
+            await cluster.policy.save(partial / "policy")
+        self.saving = asyncio.create_task(self._finish(cluster.policy, self.state))
+        if not self.config.training.checkpoint.asynchronous:
+            await self.saved()
+
+    async def _finish(self, policy: PolicyGroup, state: RunState) -> None:
+        began = time.monotonic()
+        with self._told(state.step):
+            written = {f"policy/{name}": file for name, file in (await policy.saved()).items()}
+            path = await asyncio.to_thread(self.checkpoints.finish, state, written)
+        self.saved_step = state.step
+        size, seconds = sum(file.size for file in written.values()), time.monotonic() - began
+        log.info("checkpoint %s: %.3f GB in %.1f s", path, size / 1e9, seconds)
+
+    async def saved(self, *, wait: bool = True) -> None:
+        """Wait for the save under way, if any; or only hear of it if it has ended.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self.saving is not None and (wait or self.saving.done()):
+            task, self.saving = self.saving, None
+            await task
+
+    async def give_up_saving(self) -> None:
+        """Forget a save that cannot be finished; what it has written is removed by the next resume."""
+        if self.saving is not None:
+            self.saving.cancel()
+            await asyncio.gather(self.saving, return_exceptions=True)
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
-                f"the checkpoint of step {self.state.step} could not be written: {error}; mend it, then go on with "
+                f"the checkpoint of step {step} could not be written: {error}; mend it, then go on with "
                 f"--resume from step {max(self.saved_step, 0)}"
             ) from error
-        self.saved_step = self.state.step
-        log.info("checkpoint %s", path)
 
 
 async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets, stop: StopRequest) -> None:
@@ -167,7 +207,9 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         finally:  # the step is finished and will not be repeated, whatever came after its updates
             run.write(step, metrics | cluster.take_memory())
         stop.check()
+        await run.saved(wait=False)
         await cluster.require_servers()
+    await run.saved()
 
 
 async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> list[Group]:
@@ -264,9 +306,13 @@ async def run_to_end(run: Run, sets: EvaluationSets, checkpoint: Path | None, st
             watch = await processes.enter_async_context(StallWatch(run.config.observe, run.dir))
             cluster = await watch.race(stop.race(processes.enter_async_context(launch(run.config))))
             assert cluster.policy is not None
+            processes.push_async_callback(run.give_up_saving)
             if checkpoint is not None:
                 await watch.race(cluster.enter("checkpoint"))
-                await watch.race(cluster.policy.load(checkpoint.resolve() / "policy"))
+                path = checkpoint.resolve()
+                if wrong := await watch.race(cluster.policy.verify(path, files_of(path))):
+                    raise run.checkpoints.damaged(checkpoint, wrong)
+                await watch.race(cluster.policy.load(path / "policy"))
                 log.info("resumed from %s", checkpoint)
             try:
                 await watch.race(train(run.config, cluster, run, sets, stop))
@@ -305,10 +351,12 @@ async def save_finished(run: Run, cluster: Cluster, watch: StallWatch, error: Ex
         CheckpointError: they cannot be written.
     """
     lost_policy = isinstance(error, ProcessDiedError) and error.process.role == "policy"
-    if not run.between_steps or lost_policy or isinstance(error, CheckpointError):
+    if lost_policy or isinstance(error, CheckpointError):
         return
     try:
-        await watch.race(run.save(cluster))
+        if run.between_steps:
+            await watch.race(run.save(cluster))
+        await watch.race(run.saved())
     except ProcessDiedError as also:
         log.error("step %d could not be saved: %s", run.state.step, also)
         if not isinstance(error, ProcessDiedError):
@@ -316,12 +364,24 @@ async def save_finished(run: Run, cluster: Cluster, watch: StallWatch, error: Ex
 
 
 Resume = Literal["newest", "auto"]
-"""Go on from the newest checkpoint; `auto`: or begin anew when there is none, whatever an earlier attempt wrote."""
+"""Go on from the newest checkpoint. `auto`, for jobs that nobody watches: or begin anew when there has been none,
+whatever else an earlier attempt wrote; and from the one before a damaged one, which is set aside."""
 
 
 def train_command(config: Config, *, resume: Resume | None) -> int:
-    """`fapo train`: returns the exit code."""
-    return asyncio.run(_train(config, resume))
+    """`fapo train`: returns the exit code.
+
+    Raises:
+        DamagedCheckpointError: the newest checkpoint is not as it was written, and `resume` is not `auto`.
+    """
+    while True:
+        try:
+            return asyncio.run(_train(config, resume))
+        except DamagedCheckpointError as error:
+            if resume != "auto":
+                raise
+            log.error("%s", error)
+            log.error("set aside as %s; its steps are repeated", error.set_aside())
 
 
 async def _train(config: Config, resume: Resume | None) -> int:
@@ -339,7 +399,7 @@ async def _train(config: Config, resume: Resume | None) -> int:
     checkpoint, state = None, RunState(0, 0, cursor.state_dict())
     resume_step = None if resume is None else -1
     checkpoints = Checkpoints(run_dir, config.training.checkpoint)
-    if resume == "newest" or (resume == "auto" and checkpoints.complete()):
+    if resume == "newest" or (resume == "auto" and checkpoints.exist()):
         checkpoints.tidy()
         checkpoint, state = checkpoints.newest()
         resume_step = state.step

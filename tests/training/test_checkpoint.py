@@ -21,7 +21,7 @@ F1, TOKENS = "eval/fpb/f1", "eval/fpb/response/tokens_mean"
 def _save(checkpoints: Checkpoints, step: int, f1: float | None = None, tokens: float = 100.0) -> Path:
     (checkpoints.begin(step) / "weights").write_text(f"weights of {step}")
     evaluation = {} if f1 is None else {F1: f1, TOKENS: tokens, "eval/other/response/tokens_mean": 1.0}
-    return checkpoints.finish(RunState(step, step + 1, {"offset": step * 8}, evaluation))
+    return checkpoints.finish(RunState(step, step + 1, {"offset": step * 8}, evaluation), {})
 
 
 def _names(checkpoints: Checkpoints) -> list[str]:
