@@ -47,7 +47,7 @@ for arm in "${arms[@]}"; do
     [ -f "$run/evaluation.json" ] && continue
     newest=$(find "$out/windtunnel/$arm-seed${seeds[0]}/checkpoints" -maxdepth 1 -name 'step_??????' | sort | tail -1)
     rm -rf "$run-hf"
-    within "$fapo" convert megatron-to-hf "$newest" "$run-hf"
+    within "$fapo" convert megatron-to-hf --megatron "$newest" --out "$run-hf"
     within "$fapo" evaluate -c "$here/examples/windtunnel_one_gpu.yaml" policy.model_path="$run-hf" run_dir="$run" \
         data.eval.gsm8k="$GSM8K" data.eval_limit=256 genrm.judge_eval=false
 done

@@ -10,6 +10,7 @@ import argparse
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,10 +173,25 @@ def _evaluate(args: argparse.Namespace) -> int:
     return evaluate_command(config)
 
 
-def _convert(args: argparse.Namespace) -> int:
-    from megatron_fapo.policy.convert import convert_command
+def _hush() -> None:
+    """megatron and torch warn of GPUs that a conversion does not use and of their own deprecations, at length."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
 
-    return convert_command(args.direction, source=args.source, target=args.target)
+
+def _hf_to_megatron(args: argparse.Namespace) -> int:
+    if min(args.tp, args.pp, args.ep) < 1:
+        raise UserError("--tp, --pp and --ep must be 1 or more")
+    _hush()
+    from megatron_fapo.policy.convert import hf_to_megatron
+
+    return hf_to_megatron(args.hf, args.out, tensor=args.tp, pipeline=args.pp, expert=args.ep, verify=args.verify)
+
+
+def _megatron_to_hf(args: argparse.Namespace) -> int:
+    _hush()
+    from megatron_fapo.policy.convert import megatron_to_hf
+
+    return megatron_to_hf(args.megatron, args.out, verify=args.verify)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -310,11 +326,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(verb=_evaluate)
 
-    convert = verbs.add_parser("convert", help="turn a checkpoint into the other format")
-    convert.add_argument("direction", choices=("hf-to-megatron", "megatron-to-hf"))
-    convert.add_argument("source", type=Path)
-    convert.add_argument("target", type=Path)
-    convert.set_defaults(verb=_convert)
+    convert = verbs.add_parser("convert", help="turn a checkpoint into the other format").add_subparsers(
+        metavar="DIRECTION", required=True
+    )
+    to_megatron = convert.add_parser("hf-to-megatron", help="HF to what Megatron-LM's --load takes")
+    to_megatron.add_argument("--hf", type=Path, required=True, metavar="DIR", help="with safetensors and tokenizer")
+    for option, of in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "expert")):
+        help_text = f"{of}-parallel size that the files are cut for (default 1); any other can load them"
+        to_megatron.add_argument(f"--{option}", type=int, default=1, metavar="N", help=help_text)
+    to_megatron.set_defaults(verb=_hf_to_megatron)
+    to_hf = convert.add_parser("megatron-to-hf", help="a run's or Megatron-LM's checkpoint to HF")
+    to_hf.add_argument("--megatron", type=Path, required=True, metavar="DIR", help="any layout, optimizer or not")
+    to_hf.set_defaults(verb=_megatron_to_hf)
+    for direction in (to_megatron, to_hf):
+        direction.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
+        direction.add_argument("--verify", action="store_true", help="compare log-probabilities with transformers'")
 
     config = verbs.add_parser("config", help="look at configurations").add_subparsers(metavar="VERB", required=True)
     show = _with_config(config.add_parser("show", help="the resolved tree, with the origin of each value"))

@@ -83,7 +83,8 @@ def test_problems_of_the_configuration_and_of_its_files_come_together():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train", "--frobnicate"], ["train", "word"], ["convert", "sideways", "a", "b"], []]
+    "arguments",
+    [["train", "--frobnicate"], ["train", "word"], ["convert", "sideways"], ["convert", "hf-to-megatron"], []],
 )
 def test_wrong_arguments_exit_with_2(arguments):
     assert fapo(*arguments).returncode == 2
@@ -138,16 +139,20 @@ def test_any_other_error_is_a_failure_with_its_traceback(run_file, monkeypatch):
 
 def test_the_other_verbs_get_typed_arguments(run_file, monkeypatch):
     evaluate = behind(monkeypatch, "megatron_fapo.training.evaluation", "evaluate_command", 0)
-    convert = behind(monkeypatch, "megatron_fapo.policy.convert", "convert_command", 0)
+    to_megatron = behind(monkeypatch, "megatron_fapo.policy.convert", "hf_to_megatron", 0)
+    to_hf = behind(monkeypatch, "megatron_fapo.policy.convert", "megatron_to_hf", 1)
     demo = behind(monkeypatch, "megatron_fapo.demo", "demo_command", 0)
     warmup = behind(monkeypatch, "megatron_fapo.training.warmup", "warmup_command", 0)
     assert cli.main(["evaluate", "-c", str(run_file), "data.train=[]"]) == 0
-    assert cli.main(["convert", "megatron-to-hf", "a", "b"]) == 0
+    assert cli.main(["convert", "hf-to-megatron", "--hf", "a", "--out", "b", "--tp", "2", "--pp", "3"]) == 0
+    assert cli.main(["convert", "megatron-to-hf", "--megatron", "b", "--out", "c", "--verify"]) == 1
     assert cli.main(["demo", "--compare"]) == 0
     assert cli.main(["warmup", "-c", str(run_file), "--data", str(run_file), "--out", "o"]) == 0
     assert cli.main(["warmup", "-c", str(run_file), "--data", "absent.jsonl", "--out", "o"]) == 2
     assert isinstance(evaluate[0][0][0], Config)
-    assert convert == [(("megatron-to-hf",), {"source": Path("a"), "target": Path("b")})]
+    sizes = {"tensor": 2, "pipeline": 3, "expert": 1}
+    assert to_megatron == [((Path("a"), Path("b")), {**sizes, "verify": False})]
+    assert to_hf == [((Path("b"), Path("c")), {"verify": True})]
     assert demo == [((), {"out": Path("runs/demo"), "compare": True, "rebuild": False})]
     assert warmup[0][1] == {"data": run_file, "out": Path("o")}
 

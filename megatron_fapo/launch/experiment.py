@@ -244,7 +244,7 @@ def script(task: Task | TaskSpec, *, environment: Mapping[str, str], directory: 
         new, old = shlex.quote(beside), shlex.quote(str(spec.target))
         # Complete or absent, and made anew when the training has gone on.
         lines.append(f"rm -rf {new}")
-        lines.append(shlex.join([*fapo, "convert", "megatron-to-hf", str(spec.source), beside]))
+        lines.append(shlex.join([*fapo, "convert", "megatron-to-hf", "--megatron", str(spec.source), "--out", beside]))
         lines.append(f"rm -rf {old} && mv {new} {old}")
         return "\n".join(lines) + "\n"
     arguments = [word for file in spec.config for word in ("-c", str(file))] + spec.overrides

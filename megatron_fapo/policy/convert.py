@@ -15,32 +15,34 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.errors import UserError
 from megatron_fapo.policy.actor import copy_model_files
-from megatron_fapo.policy.describe import Parameter, RankContents, conversion_layout, describe_ranks, taking_the_part_of
+from megatron_fapo.policy.describe import (
+    WHOLE,
+    Parameter,
+    RankContents,
+    conversion_layout,
+    describe_ranks,
+    taking_the_part_of,
+)
 from megatron_fapo.policy.hf_config import ModelShape, layout_problems, read_model_shape
 from megatron_fapo.policy.hf_weights import HFCheckpoint, shard_name, write_index
-from megatron_fapo.policy.streams import SHARD_BYTES, HFTensor, deal, write_megatron, write_safetensors
-
-_RELEASE = "release"
-_PARTIAL = ".partial"
-_BATCH_BYTES = 1_000_000_000
-"""Parameters are read from a megatron checkpoint in batches of so many bytes, because each read begins at its index."""
+from megatron_fapo.policy.stored import PARTIAL, RELEASE, StoredWeights, weights_of
+from megatron_fapo.policy.streams import SHARD_BYTES, deal, write_megatron, write_safetensors
+from megatron_fapo.policy.verify import LIMIT, Agreement, compare
 
 
-def hf_to_megatron(hf: Path, out: Path, *, tensor: int, pipeline: int, expert: int) -> None:
+def hf_to_megatron(hf: Path, out: Path, *, tensor: int, pipeline: int, expert: int, verify: bool) -> int:
     """Convert the HF checkpoint `hf` into the new directory `out`, in one file per rank of these model-parallel sizes.
 
     Any layout loads it; the one that it was cut for reads the least. Weights get the type that config.json names.
+    Returns the exit code.
 
     Raises:
         UserError: all that is wrong with `hf`, the layout and `out`; then nothing was written.
@@ -48,8 +50,8 @@ def hf_to_megatron(hf: Path, out: Path, *, tensor: int, pipeline: int, expert: i
     shape = read_model_shape(hf)
     parallel = conversion_layout(shape, tensor, pipeline, expert)
     dtype, source = getattr(torch, shape.dtype), HFCheckpoint(hf)
-    problems = layout_problems(shape, parallel)
-    problems += _hf_problems(source, shape, describe_ranks(shape, ParallelConfig(), dtype)[0])
+    problems = _layout_problems(shape, parallel)
+    problems += _hf_problems(source, shape, describe_ranks(shape, WHOLE, dtype)[0])
     problems += _out_problems(out, shape.parameters * dtype.itemsize)
     if problems:
         raise UserError("\n  ".join([f"{hf} cannot be converted:", *problems]))
@@ -58,130 +60,50 @@ def hf_to_megatron(hf: Path, out: Path, *, tensor: int, pipeline: int, expert: i
         whole = [source[name] for name in parameter.rule.hf_names]
         return parameter.rule.split(whole, parameter.tensor_ranks, parameter.tensor_rank).to(dtype)
 
-    with _written_beside(out) as partial:
-        copy_model_files(hf, partial / _RELEASE / "hf")
-        # Without its version, Megatron-LM would reorder Q, K and V as it does for checkpoints of 2019.
-        common = {"checkpoint_version": 3.0, "iteration": 0}
-        write_megatron(partial / _RELEASE, describe_ranks(shape, parallel, dtype), cut, common, on_file=_say)
-        (partial / "latest_checkpointed_iteration.txt").write_text(_RELEASE + "\n")
+    partial = _begin(out)
+    release = partial / RELEASE
+    copy_model_files(hf, release / "hf")
+    # Without its version, Megatron-LM would reorder Q, K and V as it does for checkpoints of 2019.
+    common = {"checkpoint_version": 3.0, "iteration": 0}
+    write_megatron(release, describe_ranks(shape, parallel, dtype), cut, common, on_file=_say)
+    (partial / "latest_checkpointed_iteration.txt").write_text(RELEASE + "\n")
+    return _finish(partial, out, lambda: compare(hf, release), verify=verify)
 
 
-def megatron_to_hf(megatron: Path, out: Path) -> None:
+def megatron_to_hf(megatron: Path, out: Path, *, verify: bool) -> int:
     """Convert the megatron checkpoint `megatron` into the new HF directory `out`, in files of at most 5 GB.
 
-    Weights keep the type in which they were saved, and config.json names it.
+    Weights keep the type in which they were saved, and config.json names it. Returns the exit code.
 
     Raises:
         UserError: `megatron` is no complete checkpoint of the model that it describes, or what is wrong with `out`.
     """
     source = weights_of(megatron)
     shape = read_model_shape(source / "hf")
-    reader = _Reader(source, describe_ranks(shape, ParallelConfig(), torch.float32)[0].parameters)
-    planned = reader.hf_tensors()
+    stored = StoredWeights(source, describe_ranks(shape, WHOLE, torch.float32)[0].parameters)
+    planned = stored.hf_tensors()
     if problems := _out_problems(out, sum(entry.nbytes for entry in planned)):
         raise UserError("\n  ".join(problems))
-    with _written_beside(out) as partial, taking_the_part_of(0, ParallelConfig()):
-        copy_model_files(source / "hf", partial)
-        _set_dtype(partial, planned[0].dtype)
-        files, tensors = deal(planned, SHARD_BYTES), reader.read()
+    partial = _begin(out)
+    copy_model_files(source / "hf", partial)
+    _set_dtype(partial, planned[0].dtype)
+    files = deal(planned, SHARD_BYTES)
+    with taking_the_part_of(0, WHOLE):
+        tensors = stored.read()
         for number, contents in enumerate(files):
             write_safetensors(partial / shard_name(number, len(files)), contents, tensors)
             _say(number + 1, len(files))
-        write_index(partial, [[entry.name for entry in contents] for contents in files])
+    write_index(partial, [[entry.name for entry in contents] for contents in files])
+    return _finish(partial, out, lambda: compare(partial, source), verify=verify)
 
 
-def weights_of(megatron: Path) -> Path:
-    """The directory within `megatron` that holds weights and their description.
-
-    Raises:
-        UserError: there is none, or it is what an interruption left.
-    """
-    if left := [path for path in (megatron, *megatron.parents) if path.suffix == _PARTIAL]:
-        raise UserError(f"{left[0]} was not completed; choose a checkpoint whose name does not end in {_PARTIAL}")
-    for path in (megatron / "policy", megatron / _RELEASE, megatron):
-        if (path / "metadata.json").is_file() and (path / "hf" / "config.json").is_file():
-            return path
-    raise UserError(
-        f"{megatron} is not a megatron checkpoint: neither it nor its policy/ or {_RELEASE}/ has metadata.json and "
-        "hf/config.json (for one that Megatron-LM saved, copy config.json and the tokenizer's files of the model there)"
-    )
-
-
-class _Reader:
-    """The parameters of a megatron checkpoint as HF tensors, as the one rank that holds all of them would load them."""
-
-    def __init__(self, source: Path, parameters: Sequence[Parameter]) -> None:
-        """
-        Raises:
-            UserError: a parameter is missing or has another shape than hf/config.json says.
-        """
-        from megatron.core.dist_checkpointing import load_tensors_metadata
-
-        self._source, self._parameters = source, parameters
-        self._stored: Mapping[str, Any] = load_tensors_metadata(str(source))
-        # Megatron-LM's keys have no prefix, those of a run's checkpoint have one.
-        self._prefix = "" if any(key.startswith("decoder.") for key in self._stored) else "model."
-        if problems := [text for parameter in parameters for text in self._problems(parameter)]:
-            about = f"{source} does not hold the model that its hf/config.json describes:"
-            raise UserError("\n  ".join([about, *problems]))
-
-    def hf_tensors(self) -> list[HFTensor]:
-        """What `read` yields, in the same order."""
-        return [
-            HFTensor(name, tuple(tensor.shape), tensor.dtype)
-            for parameter in self._parameters
-            for name, tensor in self._merged(parameter, self._empty(parameter, "meta"))
-        ]
-
-    def read(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """HF-named tensors, read batch by batch."""
-        from megatron.core import dist_checkpointing
-
-        for batch in self._batches():
-            data = [self._empty(parameter, "cpu") for parameter in batch]
-            pieces = {
-                f"{i}.{j}": piece
-                for i, parameter in enumerate(batch)
-                for j, piece in enumerate(self._pieces(parameter, data[i]))
-            }
-            # Pieces are views of `data`, so this fills it.
-            dist_checkpointing.load(pieces, str(self._source), validate_access_integrity=False)
-            for i, parameter in enumerate(batch):
-                yield from self._merged(parameter, data[i])
-
-    def _batches(self) -> Iterator[list[Parameter]]:
-        batch: list[Parameter] = []
-        room = _BATCH_BYTES
-        for parameter in self._parameters:
-            nbytes = self._empty(parameter, "meta").nbytes
-            if batch and nbytes > room:
-                yield batch
-                batch, room = [], _BATCH_BYTES
-            batch.append(parameter)
-            room -= nbytes
-        yield batch
-
-    def _pieces(self, parameter: Parameter, data: torch.Tensor) -> list[Any]:
-        return [replace(piece, key=self._prefix + piece.key) for piece in parameter.pieces(data)]
-
-    def _empty(self, parameter: Parameter, device: str) -> torch.Tensor:
-        kept = self._stored[self._prefix + parameter.entry.key].dtype
-        return torch.empty(parameter.entry.data.shape, dtype=kept, device=device)
-
-    @staticmethod
-    def _merged(parameter: Parameter, data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        return zip(parameter.rule.hf_names, parameter.rule.merge([data]), strict=True)
-
-    def _problems(self, parameter: Parameter) -> Iterator[str]:
-        for piece in self._pieces(parameter, parameter.entry.data):
-            if piece.key not in self._stored:
-                yield f"{piece.key} is missing"
-                continue
-            found, wanted = tuple(self._stored[piece.key].global_shape), tuple(piece.global_shape)
-            # A vocabulary is padded for the tensor ranks that saved it.
-            padded = piece.allow_shape_mismatch and found[0] >= wanted[0] and found[1:] == wanted[1:]
-            if found != wanted and not padded:
-                yield f"{piece.key} has shape {found} instead of {wanted}"
+def _layout_problems(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
+    """In the words of the command line."""
+    options = {"tensor": "--tp", "pipeline": "--pp", "expert": "--ep"}
+    problems = layout_problems(shape, parallel)
+    for field, option in options.items():
+        problems = [problem.replace(f"policy.parallel.{field}=", f"{option} ") for problem in problems]
+    return problems
 
 
 def _hf_problems(source: HFCheckpoint, shape: ModelShape, whole: RankContents) -> list[str]:
@@ -217,17 +139,31 @@ def _out_problems(out: Path, nbytes: int) -> list[str]:
     return []
 
 
-@contextmanager
-def _written_beside(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` when it is complete and on disk."""
-    partial = out.with_name(out.name + _PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted conversion
+def _begin(out: Path) -> Path:
+    """The empty directory to fill; what an interruption has left of it goes."""
+    partial = out.with_name(out.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    return partial
+
+
+def _finish(partial: Path, out: Path, agreement: Callable[[], Agreement], *, verify: bool) -> int:
+    """Give what was filled its name, once it is on disk and, if asked for, verified. Returns the exit code."""
+    if verify:
+        found = agreement()
+        print(
+            f"log-probabilities of {found.tokens} tokens by megatron-core and transformers differ by at most "
+            f"{found.largest:.1e} and on average {found.mean:.1e} nats; the limit is {LIMIT:g}"
+        )
+        if not found.largest <= LIMIT:  # nor NaN
+            print(f"fapo: the converted model is not the same; {partial} is left for inspection", file=sys.stderr)
+            return 1
     for path in (*partial.rglob("*"), partial):
         _force_to_disk(path)
     partial.rename(out)
     _force_to_disk(out.parent)
+    print(out)
+    return 0
 
 
 def _force_to_disk(path: Path) -> None:

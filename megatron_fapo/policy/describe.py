@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_fapo.config.policy import ParallelConfig, PolicyConfig
 from megatron_fapo.policy.hf_config import ModelShape
 from megatron_fapo.policy.hf_weights import Rule
+
+WHOLE = ParallelConfig(data=2)
+"""Each rank holds the whole model. There are two because alone in its world mcore cannot load one layer of several."""
 
 
 class ParametersOnMeta(TorchDispatchMode):
@@ -72,9 +75,10 @@ def taking_the_part_of(rank: int, parallel: ParallelConfig) -> Iterator[None]:
 
     cpu_backend.install()
     from megatron.core import parallel_state, tensor_parallel
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401 -- importing it registers the backend
 
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=parallel.world_size)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=parallel.world_size)
     try:
         parallel_state.initialize_model_parallel(
             parallel.tensor,
@@ -106,19 +110,25 @@ def describe_ranks(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dty
     contents = []
     for rank in range(parallel.world_size):
         with taking_the_part_of(rank, parallel):
-            contents.append(_describe_rank(shape, parallel, dtype))
+            contents.append(contents_of(chunks_on_meta(shape, parallel, dtype), shape))
     return contents
 
 
-def _describe_rank(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> RankContents:
+def chunks_on_meta(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> list[Any]:
+    """The model chunks of the rank whose part this process takes, without memory for parameters."""
+    from megatron_fapo.policy.model import build_chunks
+
+    with ParametersOnMeta():
+        return build_chunks(shape, PolicyConfig(parallel=parallel), dtype)
+
+
+def contents_of(chunks: Sequence[Any], shape: ModelShape) -> RankContents:
+    """What these chunks of the rank whose part this process takes hold; entries have the parameters as their data."""
     from megatron.core import parallel_state as state
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megatron_fapo.policy.hf_weights import model_rules, place_in_tensor_group
-    from megatron_fapo.policy.model import build_chunks
 
-    with ParametersOnMeta():
-        chunks = build_chunks(shape, PolicyConfig(parallel=parallel), dtype)
     about = {"dp_cp_group": state.get_data_parallel_group(with_context_parallel=True)}
     entries = [entry for chunk in chunks for entry in chunk.sharded_state_dict(metadata=about).values()]
     tensors = [entry for entry in entries if not isinstance(entry, ShardedObject)]

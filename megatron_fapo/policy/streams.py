@@ -105,9 +105,7 @@ def write_megatron(
     save_config(CheckpointingConfig("torch_dist"), str(directory))
 
 
-def _items(
-    rank: RankContents, content: Callable[[Parameter, int], torch.Tensor]
-) -> list[tuple[WriteItem, Content]]:
+def _items(rank: RankContents, content: Callable[[Parameter, int], torch.Tensor]) -> list[tuple[WriteItem, Content]]:
     """What this rank writes: of replicas, the main one."""
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 

@@ -75,6 +75,7 @@ def test_a_genrm_is_trained_validated_and_its_best_checkpoint_kept(tmp_path: Pat
     kept = {path.name for path in (run / "checkpoints").glob("step_*")}
     assert kept == {best.name, "step_000003"}
     exported = tmp_path / "genrm-hf"
-    convert = FapoProcess(tmp_path / "convert.log", "convert", "megatron-to-hf", str(best), str(exported))
+    where = ("--megatron", str(best), "--out", str(exported))
+    convert = FapoProcess(tmp_path / "convert.log", "convert", "megatron-to-hf", *where)
     assert convert.wait() == 0, convert.output()
     assert (exported / "model.safetensors.index.json").exists() or list(exported.glob("*.safetensors"))
