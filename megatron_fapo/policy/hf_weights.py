@@ -207,13 +207,17 @@ def load_hf(chunks: Sequence[Any], shape: ModelShape, path: str | Path) -> None:
     """
     checkpoint = HFCheckpoint(path)
     for parameter, rule in itertools.chain.from_iterable(model_rules(chunk, shape) for chunk in chunks):
-        local = rule.split([checkpoint[name] for name in rule.hf_names], *place_in_tensor_group(rule))
-        if local.shape != parameter.shape:
-            raise UserError(
-                f"{path}: {', '.join(rule.hf_names)} gives shape {tuple(local.shape)} where the model of config.json "
-                f"has {tuple(parameter.shape)}"
-            )
-        parameter.data.copy_(local)
+        ranks, rank = place_in_tensor_group(rule)
+        whole = {name: checkpoint[name] for name in rule.hf_names}
+        # Merging is asked for the shapes, without data, because splitting would fail midway on some wrong ones.
+        wanted = rule.merge([torch.empty_like(parameter, device="meta")] * (ranks if rule.sharded else 1))
+        for (name, tensor), expected in zip(whole.items(), wanted, strict=True):
+            if tensor.shape != expected.shape:
+                raise UserError(
+                    f"{path}: {name} has shape {tuple(tensor.shape)} where the model of config.json has "
+                    f"{tuple(expected.shape)}; do they belong together?"
+                )
+        parameter.data.copy_(rule.split(list(whole.values()), ranks, rank))
 
 
 def exports(state: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], s
 def test_rules_lose_nothing(models: Any, family: str, ranks: int, transformer_engine: bool) -> None:
     """Every tensor of a layer is in one rule, and comes back from its shards; `ranks` of tensors and of experts."""
     shape, checkpoint = read_model_shape(models[family, True]), HFCheckpoint(models[family, True])
-    found = []
+    found: list[str] = []
     for expert_rank in range(ranks):
         for name in _layer_names(family, transformer_engine, 4 // ranks):
             rule = layer_rule(name, 2, shape, expert_rank, ranks)
@@ -150,6 +151,36 @@ def test_round_trip_is_bitwise(ranks: Ranks, models: Any, layout: str) -> None:
         source = HFCheckpoint(path)
         exported = {name: digest for stage in owners.values() for name, digest in stage[i].items()}
         assert exported == _digests((name, source[name]) for name in source.names())
+
+
+def load_job(rank: Rank, path: str) -> str:
+    state = join(rank, ParallelConfig(), "cpu", seed=1)
+    from megatron_fapo.policy.model import build_chunks
+
+    shape = read_model_shape(path)
+    try:
+        load_hf(build_chunks(shape, PolicyConfig(model_path=path), torch.bfloat16), shape, path)
+    except UserError as error:
+        return str(error)
+    finally:
+        state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 4}, "k_proj.weight has shape (64, 128) where the model of config.json has (128, 128)"),
+        ({"vocab_size": 516}, "embed_tokens.weight has shape (515, 128)"),
+        ({"num_hidden_layers": 5}, "tensor model.layers.4.input_layernorm.weight is missing"),
+    ],
+)
+def test_weights_of_another_model_are_refused(ranks: Ranks, tmp_path: Path, changes: Any, message: str) -> None:
+    path = Path(write_model(tmp_path))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    assert message in ranks.run(1, load_job, str(path))[0]
 
 
 def test_stages_are_files_that_loaders_find(tmp_path: Path) -> None:
