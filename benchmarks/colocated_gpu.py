@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("overrides", nargs="*")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     args.out = args.out.resolve()
     heads = {"num_attention_heads": args.hidden // 64, "num_key_value_heads": args.hidden // 64, "head_dim": 64}
     sizes = heads | {"hidden_size": args.hidden, "intermediate_size": 8 * args.hidden // 3 // 64 * 64}
