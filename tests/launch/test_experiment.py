@@ -206,7 +206,7 @@ def test_a_conversion_replaces_its_target_only_when_it_is_complete(base: Path) -
     """With a Python that writes the target and then succeeds or not."""
     task = check_tasks(chain(), look_for_gpu=False)[1]
     python = base / "python"
-    python.write_text('#!/bin/sh\nmkdir -p "$6" && echo new > "$6/file" && exit $(cat code)\n')
+    python.write_text('#!/bin/sh\nmkdir -p "$8" && echo new > "$8/file" && exit $(cat code)\n')
     python.chmod(0o755)
     (base / "g" / "hf").mkdir(parents=True)
     (base / "g" / "hf" / "file").write_text("old\n")
