@@ -28,7 +28,7 @@ _STEPS = 16
 def fit(planner: Planner, records: Sequence[Record], source: str) -> Planner:
     """The planner with rates under which it predicts the sums of the records' phases."""
     records = records[:: math.ceil(len(records) / _STEPS)]
-    lengths = [[s.prompt + s.response for s in record.samples] for record in records]
+    samples = [record.samples for record in records]
 
     def measured(*phases: str) -> float:
         return sum(record.phases[name] for record in records for name in phases)
@@ -56,10 +56,13 @@ def fit(planner: Planner, records: Sequence[Record], source: str) -> Planner:
     if planner.judges and any(s.critique for record in records for s in record.samples):
         planner = solve(planner, ("judge_factor",), scoring, measured("rollout", "score_tail"))
     planner = solve(
-        planner, ("forward_mfu",), lambda at: sum(at.work.times(n).logprobs_s for n in lengths), measured("logprobs")
+        planner,
+        ("forward_mfu",),
+        lambda at: sum(at.work.times(each).logprobs_s for each in samples),
+        measured("logprobs"),
     )
     planner = solve(
-        planner, ("train_mfu",), lambda at: sum(at.work.times(n).train_s for n in lengths), measured("train")
+        planner, ("train_mfu",), lambda at: sum(at.work.times(each).train_s for each in samples), measured("train")
     )
     refit = measured("refit") / len(records)
     return solve(planner, ("host_gbs", "store_gbs"), lambda at: at.work.refit_s(at.engine_nodes), refit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def plan_command(
     lines += [f"  {line}" for line in _step_lines(planner, steps)] if steps else []
     divisible = not hardware.is_cpu and hardware.gpus >= len(planner.gpus)
     ranking = alternatives(planner) if divisible else []
-    lines += ["", *_ranking_lines(ranking)] if ranking else []
+    lines += ["", *_ranking_lines(ranking, config)] if ranking else []
     if divisible and not ranking:
         lines += ["", f"No layout of this model and these roles fits {hardware}."]
     lines += ["", *_assumption_lines(planner)]
@@ -88,7 +89,10 @@ def _broken(planner: Planner) -> bool:
 def _layout(planner: Planner) -> str:
     p = planner.config.policy
     sequence = "+SP" if p.parallel.sequence_parallel else ""
-    return f"TP{p.parallel.tensor}{sequence} PP{p.parallel.pipeline} DP{p.parallel.data} {p.recompute}"
+    layout = p.parallel
+    more = {"CP": layout.context, "PP": layout.pipeline, "VPP": layout.virtual_pipeline, "EP": layout.expert}
+    shown = "".join(f" {name}{ranks}" for name, ranks in more.items() if ranks > 1)
+    return f"TP{layout.tensor}{sequence}{shown} DP{layout.data} {p.recompute}"
 
 
 def _memory_lines(planner: Planner) -> list[str]:
@@ -97,7 +101,8 @@ def _memory_lines(planner: Planner) -> list[str]:
     for phase, parts in phases.items():
         shown = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size >= 0.05 * GIB)
         lines.append(f"  {phase:<11}{planner.policy.total(phase) / GIB:>7.1f}  {shown}")
-    lines.append(f"  host memory of a node while a checkpoint is written: {planner.host_bytes() / GIB:.0f} GiB")
+    host = ", ".join(f"{name} {size / GIB:.0f}" for name, size in planner.host_bytes().items() if size)
+    lines.append(f"  host memory of a node, GiB: {host}")
     samples = planner.drawn()
     engines, judges = planner.speeds(samples)
     for name, server, stage in (("engines", planner.engine, engines), ("GenRM servers", planner.server, judges)):
@@ -128,7 +133,7 @@ def _step_lines(planner: Planner, steps: list[Step]) -> list[str]:
     ]
 
 
-def _ranking_lines(ranking: list[tuple[Planner, Step]]) -> list[str]:
+def _ranking_lines(ranking: list[tuple[Planner, Step]], configured: Config) -> list[str]:
     lines = [
         f"All ways to divide the cluster, the {min(_SHOWN, len(ranking))} fastest of {len(ranking)}",
         f"  {'step s':>7} {'GPUs: policy + engines + GenRM':>31}  {'policy':<24} {'engines':<9}"
@@ -142,24 +147,23 @@ def _ranking_lines(ranking: list[tuple[Planner, Step]]) -> list[str]:
             f"  {step.total_s:>7.1f} {gpus:>31}  {_layout(planner):<24} {engines:<9}"
             + "".join(f"{step.phases[name]:>11.1f}" for name in PHASES)
         )
-    best = ranking[0][0]
-    lines += ["  the fastest as overrides:", f"    {' '.join(overrides(best))}"]
+    lines += ["  the fastest as overrides:", f"    {' '.join(overrides(ranking[0][0], configured))}"]
     return lines
 
 
-def overrides(planner: Planner) -> list[str]:
-    """The alternative as arguments of `fapo train`."""
-    c = planner.config
-    values: dict[str, Any] = {f"cluster.{role}_nodes": getattr(c.cluster, f"{role}_nodes") for role in planner.gpus}
-    if not c.cluster.train_nodes:
-        values = {}
-    parallel = c.policy.parallel
-    values |= {f"policy.parallel.{name}": getattr(parallel, name) for name in ("tensor", "pipeline", "data")}
-    values["policy.parallel.sequence_parallel"] = str(parallel.sequence_parallel).lower()
-    values["policy.recompute"] = c.policy.recompute
-    values |= {"rollout.replicas": c.rollout.replicas, "rollout.tensor_parallel": c.rollout.tensor_parallel}
-    values |= {"genrm.servers": c.genrm.servers} if planner.judges else {}
-    return [f"{name}={value}" for name, value in values.items()]
+def overrides(planner: Planner, configured: Config) -> list[str]:
+    """The alternative as arguments of `fapo train` beside the file: whatever differs from it."""
+
+    def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield prefix + name, value
+
+    before, after = (dict(leaves(c.model_dump())) for c in (configured, planner.config))
+    changes = {name: value for name, value in after.items() if value != before[name]}
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in changes.items()]
 
 
 def _assumption_lines(planner: Planner) -> list[str]:
@@ -183,7 +187,7 @@ def _as_json(
             "engine_kv_tokens": planner.engine.kv_tokens,
             "genrm_bytes": planner.server.parts if planner.server else None,
             "genrm_kv_tokens": planner.server.kv_tokens if planner.server else None,
-            "checkpoint_host_bytes": planner.host_bytes(),
+            "host_bytes": planner.host_bytes(),
             "phases_s": _mean_phases(steps),
             "mfu": steps[0].mfu,
             "busy": planner.busy(steps[0]),
@@ -196,7 +200,13 @@ def _as_json(
         "rates": {name: {"value": value, "source": sources[name]} for name, value in rates.items()},
         "configured": configured,
         "ranking": [
-            {"step_s": s.total_s, "phases_s": s.phases, "mfu": s.mfu, "gpus": p.gpus, "overrides": overrides(p)}
+            {
+                "step_s": s.total_s,
+                "phases_s": s.phases,
+                "mfu": s.mfu,
+                "gpus": p.gpus,
+                "overrides": overrides(p, planner.config),
+            }
             for p, s in ranking
         ],
     }

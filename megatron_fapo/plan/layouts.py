@@ -16,14 +16,16 @@ from megatron_fapo.plan.hardware import GIB, Hardware
 from megatron_fapo.plan.lengths import Lengths, Record
 from megatron_fapo.plan.memory import (
     EngineMemory,
+    Parts,
     PolicyMemory,
-    checkpoint_host_bytes,
     engine_memory,
+    host_bytes,
     kv_bytes_per_token,
     policy_memory,
 )
 from megatron_fapo.plan.simulate import Rollout, SimSample, Speed, Stage, simulate
-from megatron_fapo.plan.work import PolicyTimes, PolicyWork, head_flops, layer_flops
+from megatron_fapo.plan.work import PolicyTimes, PolicyWork
+from megatron_fapo.policy.flops import head_flops, layer_flops
 from megatron_fapo.policy.hf_config import ModelShape, layout_problems
 from megatron_fapo.processes import Node
 from megatron_fapo.training.placement import ROLES, Placement, place
@@ -32,7 +34,8 @@ PHASES = ("rollout", "score_tail", "logprobs", "train", "refit")
 """Of a step, in order, as the loop names them."""
 SEED = 1
 _SIZES = (1, 2, 4, 8)
-"""Tensor ranks and pipeline stages that are tried."""
+"""Tensor, context and expert ranks and pipeline stages that are tried."""
+_RECOMPUTED = ("none", "selective", "full")
 
 
 def changed(config: Config, **sections: dict[str, Any]) -> Config:
@@ -82,9 +85,10 @@ class Planner:
 
     @property
     def gpus(self) -> dict[str, int]:
-        """Role -> GPUs."""
+        """Role -> GPUs; colocated engines have none of their own."""
         c = self.config
-        roles = {"train": c.policy.parallel.world_size, "rollout": c.rollout.replicas * c.rollout.tensor_parallel}
+        engines = 0 if c.rollout.colocated else c.rollout.replicas * c.rollout.tensor_parallel
+        roles = {"train": c.policy.parallel.world_size, "rollout": engines}
         return roles | ({"genrm": c.genrm.servers * c.genrm.tensor_parallel} if self.judges else {})
 
     @cached_property
@@ -109,16 +113,17 @@ class Planner:
         Each pipeline stage sends its part."""
         assert isinstance(self.placement, Placement)
         p, there = self.config.policy.parallel, {node.id for node in self.placement.engines}
-        senders = [self.placement.policy[stage * p.tensor * p.data].id for stage in range(p.pipeline)]
+        senders = [self.placement.policy[stage * p.tensor * p.context * p.data].id for stage in range(p.pipeline)]
         return sum(len(there - {sender}) for sender in senders) / p.pipeline
 
     @cached_property
     def policy(self) -> PolicyMemory:
-        alone = self.config.gpu_share < 1 and max(self.gpus.values()) == 1 and not self.hardware.is_cpu
+        c = self.config
+        alone = (c.gpu_share < 1 and max(self.gpus.values()) == 1) or c.rollout.colocated
         context = int(self.hardware.rates.context_gib * GIB)
         return policy_memory(
             self.config, self.shape, element=self.element, fused=not self.hardware.is_cpu, context=context,
-            transport="cuda_ipc" if alone else "shm",
+            transport="cuda_ipc" if alone and not self.hardware.is_cpu else "shm",
         )  # fmt: skip
 
     @cached_property
@@ -182,14 +187,26 @@ class Planner:
         ]
 
     def _vllm_problems(self) -> list[str]:
-        memory, found = int(self.hardware.rates.memory_gib * GIB), []
-        if self.config.gpu_share < 1:
-            shares = self.config.rollout.gpu_memory_utilization + self.judges * self.config.genrm.gpu_memory_utilization
+        memory, found, c = int(self.hardware.rates.memory_gib * GIB), [], self.config
+        if c.gpu_share < 1:
+            shares = c.rollout.gpu_memory_utilization + self.judges * c.genrm.gpu_memory_utilization
             if self.policy.peak + shares * memory > memory:
                 found.append(
                     f"on a shared GPU the policy's {self.policy.peak / GIB:.1f} GiB and {shares:.0%} for vLLM are more"
                     f" than {memory / GIB:.1f} GiB"
                 )
+        elif c.rollout.colocated:
+            # Of an engine that sleeps its process stays; for a refit its weights are awake, for a rollout all of it.
+            asleep = int(self.hardware.rates.context_gib * GIB)
+            awake = {
+                "refit": self.engine.parts["weights"] + asleep,
+                "rollout": int(c.rollout.gpu_memory_utilization * memory),
+            }
+            found += [
+                f"with colocated engines {phase} takes {total / GIB:.1f} of {memory / GIB:.1f} GiB"
+                for phase in self.policy.phases
+                if (total := self.policy.total(phase) + awake.get(phase, asleep)) > memory
+            ]
         for role, server in (("an engine", self.engine), ("a GenRM server", self.server)):
             if server is not None and not server.fits:
                 found.append(f"{role}'s KV cache holds {server.kv_tokens} tokens, fewer than its longest sequence")
@@ -239,7 +256,7 @@ class Planner:
 
     def step(self, samples: Sequence[SimSample]) -> Step:
         """One step with samples of these lengths."""
-        return self.joined(self.rollout(samples), self.work.times([s.prompt + s.response for s in samples]))
+        return self.joined(self.rollout(samples), self.work.times(samples))
 
     def joined(self, rollout: Rollout, times: PolicyTimes) -> Step:
         """A step of a rollout and what the policy does after it."""
@@ -251,9 +268,9 @@ class Planner:
         count = self.config.training.prompts_per_step * self.config.rollout.samples_per_prompt
         return self.lengths.draw(count, seed)
 
-    def host_bytes(self) -> int:
-        """Host memory that a checkpoint takes on a node of the policy."""
-        return checkpoint_host_bytes(self.shape, self.config.policy.parallel, self.hardware.gpus_per_node)
+    def host_bytes(self) -> Parts:
+        """Host memory that the policy takes on one of its nodes."""
+        return host_bytes(self.shape, self.config.policy, self.hardware.gpus_per_node, self.element)
 
     def busy(self, step: Step) -> dict[str, float]:
         """Role -> share of its GPUs' time in the step that it works."""
@@ -281,7 +298,11 @@ def alternatives(planner: Planner) -> list[tuple[Planner, Step]]:
     samples, hardware = planner.drawn(), planner.hardware
     whole = hardware.nodes >= 3
     unit = hardware.gpus_per_node * max(1, hardware.nodes // 8) if whole else max(1, hardware.gpus // 8)
-    apart = planner.with_config(planner.config.model_copy(update={"gpu_share": 1.0}))
+    apart = planner.with_config(
+        changed(planner.config, rollout={"colocated": False}, policy={"offload": False}).model_copy(
+            update={"gpu_share": 1.0}
+        )
+    )
     policy, rollout = cache(partial(_best_policy, apart, samples)), cache(partial(_best_rollout, apart, samples))
     found = []
     for split in _splits(hardware.gpus // unit, 3 if planner.judges else 2):
@@ -313,19 +334,37 @@ def _splits(units: int, roles: int) -> Iterator[tuple[int, ...]]:
 def _best_policy(planner: Planner, samples: Sequence[SimSample], gpus: int) -> tuple[Planner, PolicyTimes] | None:
     """The legal layout on so many GPUs whose log-probabilities and updates take least time. Tensor ranks share a
     node: their collectives are not overlapped with anything."""
-    lengths, found = [s.prompt + s.response for s in samples], []
-    for tensor, pipeline in product(_SIZES, _SIZES):
-        if gpus % (tensor * pipeline) or tensor > planner.hardware.gpus_per_node:
-            continue
-        for recompute in sorted({"none", "full", planner.config.policy.recompute}):
-            parallel = ParallelConfig(
-                tensor=tensor, pipeline=pipeline, data=gpus // (tensor * pipeline), sequence_parallel=tensor > 1
-            )
-            policy = {"parallel": parallel, "recompute": recompute}
-            candidate = planner.with_config(changed(planner.config, policy=policy))
+    c, found = planner.config, []
+    for parallel in _parallels(planner, gpus):
+        for recompute in sorted({"none", "full", c.policy.recompute}, key=_RECOMPUTED.index):
+            candidate = planner.with_config(changed(c, policy={"parallel": parallel, "recompute": recompute}))
             if not candidate.policy_problems():
-                found.append((candidate, candidate.work.times(lengths)))
-    return min(found, key=lambda pair: pair[1].logprobs_s + pair[1].train_s, default=None)
+                found.append(candidate)
+                break  # more recomputation only takes longer
+
+    def seconds(candidate: Planner) -> float:
+        """Of two mini-batches: all of them would take a minute for all candidates."""
+        times = candidate.work.times(samples[: 2 * c.training.prompts_per_mini_batch * c.rollout.samples_per_prompt])
+        return times.logprobs_s + times.train_s
+
+    best = min(found, key=seconds, default=None)
+    return None if best is None else (best, best.work.times(samples))
+
+
+def _parallels(planner: Planner, gpus: int) -> Iterator[ParallelConfig]:
+    """Layouts of so many GPUs, by no means all legal. Tensor and context ranks share a node, and of the longest sample
+    a context rank has 4,096 tokens at least: below that, attention in slices is launches more than work."""
+    c, experts = planner.config, _SIZES if planner.shape.experts else (1,)
+    slices = max(1, (c.data.max_prompt_tokens + c.rollout.max_response_tokens) // 4096)
+    for tensor, context, pipeline in product(_SIZES, _SIZES, _SIZES):
+        ranks = tensor * context * pipeline
+        if gpus % ranks or tensor * context > planner.hardware.gpus_per_node or context > slices:
+            continue
+        for chunks, expert in product((1, 2) if pipeline > 1 else (1,), experts):
+            yield ParallelConfig(
+                tensor=tensor, context=context, pipeline=pipeline, virtual_pipeline=chunks, expert=expert,
+                data=gpus // ranks, sequence_parallel=tensor > 1,
+            )  # fmt: skip
 
 
 def _best_rollout(

@@ -1,11 +1,11 @@
 """Bytes of one policy rank, by phase and category; of an engine and of a GenRM server. Pure arithmetic.
 
-It counts what `policy/` does: mcore's DDP buffers and distributed optimizer, the micro-batches of `policy/batch.py`,
-the chunked log-probabilities of `policy/vocab_parallel.py`, the gathers of a refit and of a checkpoint. Two sets of
-kernels are known: `fused` (Transformer Engine, flash attention) and megatron's own, which keep all attention scores.
+It counts what `policy/` does: mcore's DDP buffers and distributed optimizer, packs without padding, log-probabilities
+of `policy/vocab_parallel.py` in blocks, the gathers of a refit, the phases of `policy/memory.py`. Two sets of kernels
+are known: `fused` (Transformer Engine) and megatron's own with `policy/attention.py`.
 `benchmarks/plan_check.py` compares all of it with real allocations; docs/sizing.md has the errors.
 
-Shapes: n padded tokens of a micro-batch, e bytes of an element, t tensor ranks, h hidden, f FFN, q and kv widths.
+Shapes: n tokens of a pack on one context rank, e bytes of an element, t tensor ranks, h hidden, f FFN, q and kv widths.
 """
 
 from __future__ import annotations
@@ -13,29 +13,26 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_fapo.config.policy import ParallelConfig, PolicyConfig
+from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
 from megatron_fapo.config.root import Config
-from megatron_fapo.policy.hf_config import ModelShape
+from megatron_fapo.policy.hf_config import ModelShape, stage_layers
+from megatron_fapo.policy.memory import PARTS, PLAN
+from megatron_fapo.policy.vocab_parallel import CHUNK_BYTES
 
-_CHUNK = 2**26
-"""Logits that vocab_parallel.py works on at once."""
-BATCH_BYTES = 16 + 16 + 5 * 4
-"""Of one token in the tensors of a micro-batch: ids, positions, indexes, targets, and float32 per-token values."""
+BATCH_BYTES = 4 * 8 + 4 * 4
+"""Of one token in the tensors of a micro-batch: ids, indexes, places, targets, and float32 per-token values."""
 
 Parts = dict[str, int]
 """Category -> bytes."""
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Geometry of one forward-backward pass: `count` samples padded to `width`."""
+class Pack:
+    """A micro-batch on one context rank."""
 
-    width: int
-    count: int
-
-    @property
-    def tokens(self) -> int:
-        return self.width * self.count
+    tokens: int
+    responses: int
+    """Of them, those that predict a token of a response."""
 
 
 @dataclass(frozen=True)
@@ -53,34 +50,68 @@ class PolicyMemory:
         return max(self.total(phase) for phase in self.phases)
 
 
-def tensor_sizes(shape: ModelShape, parallel: ParallelConfig, stage: int) -> list[int]:
-    """Elements of every parameter that a rank of pipeline `stage` holds."""
-    t, h, d = parallel.tensor, shape.hidden, shape.head_dim
+def tensor_sizes(
+    shape: ModelShape, parallel: ParallelConfig, stage: int, chunk: int = 0
+) -> tuple[list[int], list[int]]:
+    """Elements of every parameter that a rank of pipeline `stage` holds in model chunk `chunk`: (those of experts are
+    apart, since other ranks share them)."""
+    t, h, d, moe = parallel.tensor, shape.hidden, shape.head_dim, shape.experts
     qkv = (shape.heads + 2 * shape.kv_heads) * d // t
-    layer = [h, qkv * h, shape.heads * d // t * h, h, 2 * shape.ffn // t * h, shape.ffn // t * h]
+    layer = [h, qkv * h, shape.heads * d // t * h, h]
+    layer += [moe.count * h] if moe else [2 * shape.ffn // t * h, shape.ffn // t * h]
     layer += [qkv] if shape.qkv_bias else []
     layer += [d, d] if shape.qk_norm else []
-    first, last = stage == 0, stage == parallel.pipeline - 1
+    local = moe.ffn // parallel.expert_tensor * h if moe else 0
+    experts = [2 * local, local] * (moe.count // parallel.expert) if moe else []
+    split = stage_layers(shape.layers, parallel)
+    layers = split[stage][chunk]
+    first, last = (stage, chunk) == (0, 0), (stage, chunk) == (parallel.pipeline - 1, len(split[stage]) - 1)
     vocabulary = shape.padded_vocab(t) // t * h
-    sizes = layer * (shape.layers // parallel.pipeline) + [vocabulary] * first + [h] * last
-    return sizes + [vocabulary] * (last and not (shape.tied and first))
+    sizes = layer * layers + [vocabulary] * first + [h] * last
+    return sizes + [vocabulary] * (last and not (shape.tied and first)), experts * layers
 
 
 def buffer_elements(sizes: list[int], data: int) -> int:
     """Elements of mcore's flat buffer: parameters start at multiples of 64, the end divides over data ranks."""
+    if not sizes:
+        return 0
     end = sum(-(-size // 64) * 64 for size in sizes[:-1]) + sizes[-1]
     divisor = math.lcm(data, 128)
     return -(-end // divisor) * divisor
 
 
-def rank_state(shape: ModelShape, parallel: ParallelConfig, stage: int, element: int) -> Parts:
-    """Weights, float32 gradients, and this data rank's share of float32 Adam (with float32 weights if they are not)."""
-    elements = buffer_elements(tensor_sizes(shape, parallel, stage), parallel.data)
-    per_share = 8 if element == 4 else 12
+def stage_elements(shape: ModelShape, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
+    """(elements in the buffers of a rank, those of them whose optimizer state is this rank's share).
+
+    Context ranks share the state as data ranks do. Expert parameters are shared by fewer ranks.
+    """
+    whole = parallel.context * parallel.data
+    sharing = (whole, parallel.tensor * whole // (parallel.expert * parallel.expert_tensor))
+    elements = share = 0
+    for chunk in range(parallel.virtual_pipeline):
+        for sizes, ranks in zip(tensor_sizes(shape, parallel, stage, chunk), sharing, strict=True):
+            elements += (count := buffer_elements(sizes, max(1, ranks)))
+            share += count // max(1, ranks)
+    return elements, share
+
+
+_STATE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+
+
+def optimizer_bytes(cfg: OptimizerConfig, element: int) -> tuple[float, float]:
+    """Of a weight in this rank's share: (on the device, on the host). Float32 weights are their own main weights."""
+    main = 0 if element == 4 else _STATE_BYTES[cfg.main_dtype]
+    away = cfg.offload_fraction  # weight, gradient and moments are there, all float32
+    return (1 - away) * (main + 2 * _STATE_BYTES[cfg.moments_dtype]), away * 16
+
+
+def rank_state(shape: ModelShape, cfg: PolicyConfig, stage: int, element: int) -> Parts:
+    """Weights, float32 gradients, and this rank's share of Adam (with main weights if the weights are not float32)."""
+    elements, share = stage_elements(shape, cfg.parallel, stage)
     return {
         "weights": element * elements,
         "gradients": 4 * elements,
-        "optimizer": per_share * elements // parallel.data,
+        "optimizer": int(optimizer_bytes(cfg.optimizer, element)[0] * share),
     }
 
 
@@ -92,12 +123,10 @@ class LayerBytes:
     mlp: int
     core: int
     """Of `attention`: what recomputing the attention alone leaves out."""
-    scores: int
-    """One tensor of all heads' attention scores; 0 where they never exist."""
     checkpoint: int
     """The layer's input: all that full recomputation keeps."""
     qkv: int
-    """One tensor of queries, keys and values: the attention's code holds it while the scores are worked out."""
+    """One tensor of queries, keys and values, which the attention's backward holds."""
     passing: int
     """Beside what is kept, while the backward of the MLP runs."""
 
@@ -109,98 +138,109 @@ class LayerBytes:
         """The most beside `kept` while one layer's backward runs, its recomputation included."""
         again = {"none": 0, "selective": 0, "full": self.attention + self.mlp - self.checkpoint}[recompute]
         core = self.core if recompute == "selective" else 0
-        attention = again + core - self.mlp + 2 * self.scores + 5 * self.checkpoint + (self.qkv if again else 0)
+        attention = again + core - self.mlp + 5 * self.checkpoint + (self.qkv if again else 0)
         return max(again + self.passing, attention)
 
 
-def layer_bytes(
-    shape: ModelShape, parallel: ParallelConfig, batch: MicroBatch, element: int, fused: bool
-) -> LayerBytes:
-    """For a micro-batch on one tensor rank."""
-    t, n, e, d = parallel.tensor, batch.tokens, element, shape.head_dim
+def layer_bytes(shape: ModelShape, parallel: ParallelConfig, pack: Pack, element: int, fused: bool) -> LayerBytes:
+    """For a pack on one tensor rank."""
+    t, n, e, d, moe = parallel.tensor, pack.tokens, element, shape.head_dim, shape.experts
     h = shape.hidden / (t if parallel.sequence_parallel else 1)
-    heads, kv_heads, f = shape.heads / t, shape.kv_heads / t, shape.ffn / t
+    heads, kv_heads = shape.heads / t, shape.kv_heads / t
     q, kv = heads * d, kv_heads * d
-    scores = 0.0 if fused else heads * batch.width
+    # Experts: tokens are copied to each of theirs, evenly, and the router's scores are kept in float32.
+    copies = moe.per_token * parallel.expert_tensor / t if moe else 0
+    f = copies * moe.ffn / parallel.expert_tensor if moe else shape.ffn / t
+    routed = copies * shape.hidden + 2 * moe.count / t * 4 / e if moe else 0
     if fused:  # a norm's input and output; q, k, v, context; gate and up, and their product
         attention = 2 * h + 2 * q + 2 * kv + (q + kv) * shape.qk_norm
         attention += (1 + heads + (heads + kv_heads) * shape.qk_norm) * 4 / e
         mlp, core = 2 * h + 3 * f + 4 / e, heads * 4 / e
-    else:  # a norm's input, scaled input and output; with QK norms likewise, and their slices hold all of QKV
-        attention = 3 * h + 1 + 4 * q + scores  # q, repeated k and v, context
-        attention += 4 * d / batch.count  # sines and cosines, for q and for k
-        attention += (3 * q + 3 * kv + heads + kv_heads) if shape.qk_norm else 0
+    else:  # a norm's input, scaled input and output; QKV as one, rotated q and k, context before and after packing
+        attention = 3 * h + 1 + 4 * q + 3 * kv + heads * 4 / e
+        attention += 4 * d  # sines and cosines, for q and for k
+        attention += (2 * q + 2 * kv + heads + kv_heads) if shape.qk_norm else 0
         mlp = 3 * h + 1 + 5 * f  # gate and up as one, silu, up, their product
-        core = 2 * q + scores - kv - (0 if shape.qk_norm else q + 2 * kv)
-    passing = max(n * (2 * shape.hidden + (2 if fused else 3) * f), 2 * n * shape.hidden + 2 * f * shape.hidden)
+        core = q + heads * 4 / e
+    weight_gradient = 0 if fused else 2 * shape.hidden * (moe.ffn if moe else f)  # else added within the product
+    passing = max(n * (2 * shape.hidden + (2 if fused else 3) * f), 2 * n * shape.hidden + weight_gradient)
     return LayerBytes(
-        *(int(e * x) for x in (n * attention, n * mlp, n * core, n * scores, n * h, n * (q + 2 * kv), passing))
+        *(int(e * x) for x in (n * attention, n * (mlp + routed), n * core, n * h, n * (q + 2 * kv), passing))
     )
 
 
-def _head(shape: ModelShape, cfg: PolicyConfig, batch: MicroBatch, responses: int, element: int, train: bool) -> int:
-    """The most that the output layer and the log-probabilities hold at once, forward and (for training) backward."""
-    t = cfg.parallel.tensor
-    rows = shape.padded_vocab(t) // t
-    logits = batch.tokens * rows * element
-    chunk = 4 * rows * min(responses, max(1, _CHUNK // rows))
-    several = responses > max(1, _CHUNK // rows)
-    transposed = 2 if batch.count > 1 else 1
-    forward = max(transposed * logits, logits + chunk * (4 if several else 2))
+def _head(shape: ModelShape, cfg: PolicyConfig, pack: Pack, element: int, fused: bool, *, train: bool) -> int:
+    """The most that the log-probabilities hold at once, forward and (for training) backward: blocks of float32 logits,
+    the hidden states of responses with their gradient in float32, the gradient of the output weight."""
+    rows = shape.padded_vocab(cfg.parallel.tensor) // cfg.parallel.tensor
+    states, h = max(pack.responses, 1), shape.hidden
+    width = min(rows, max(1, CHUNK_BYTES // (4 * max(states, h)) // 128) * 128)
+    block = 4 * states * width
+    gathered = pack.tokens * h * element * (cfg.parallel.tensor > 1 and cfg.parallel.sequence_parallel)
+    forward = gathered + states * h * element + int((1 if fused else 3) * block)  # logits; scaled; their exponentials
     if not train:
         return forward
-    hidden = batch.tokens * shape.hidden * element
-    function = 2 * logits + int(chunk * (5 if several else 4.5 if element < 4 else 4))
-    linear = transposed * logits + 2 * hidden + rows * shape.hidden * element
-    return max(forward, function, linear)
+    gradients = states * h * (element + 4) + rows * h * element
+    # Logits, and on CPUs log-probabilities, probabilities, and which column is the target: then the gradient.
+    softmax = int((1 + element / 4 if fused else 4.25) * block)
+    product = block * element // 4 + 4 * states * h + width * h * element
+    end = pack.tokens * h * element + states * h * element
+    return gathered + max(forward - gathered, gradients + max(softmax, product, end))
 
 
-def in_flight(pipeline: int, stage: int, micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at once under 1F1B."""
-    return min(pipeline - stage, micro_batches)
+def layers_in_flight(layers: int, parallel: ParallelConfig, stage: int, micro_batches: int) -> int:
+    """Layers whose activations a stage of so many layers holds at once: of one micro-batch for each stage from here to
+    the last, or interleaved, as many chunks as mcore's schedule runs ahead."""
+    ahead, chunks = parallel.pipeline - stage - 1, parallel.virtual_pipeline
+    if chunks > 1:
+        ahead = 2 * ahead + (chunks - 1) * parallel.pipeline
+    return -(-min(ahead + 1, micro_batches * chunks) * layers // chunks)
 
 
 def train_working(
-    shape: ModelShape, cfg: PolicyConfig, stage: int, batch: MicroBatch, responses: int, micro_batches: int,
-    element: int, fused: bool,
-) -> Parts:  # fmt: skip
-    """Activations and logits at the fullest moment of forward and backward."""
-    layer = layer_bytes(shape, cfg.parallel, batch, element, fused)
-    layers = shape.layers // cfg.parallel.pipeline * in_flight(cfg.parallel.pipeline, stage, micro_batches)
+    shape: ModelShape, cfg: PolicyConfig, stage: int, pack: Pack, micro_batches: int, element: int, fused: bool
+) -> Parts:
+    """Activations and log-probabilities at the fullest moment of forward and backward."""
+    parallel = cfg.parallel
+    layer = layer_bytes(shape, parallel, pack, element, fused)
+    layers = layers_in_flight(sum(stage_layers(shape.layers, parallel)[stage]), parallel, stage, micro_batches)
     kept, inside = layers * layer.kept(cfg.recompute), layer.inside(cfg.recompute)
-    if stage < cfg.parallel.pipeline - 1:
+    if stage < parallel.pipeline - 1:
         return {"activations": kept + inside, "logits": 0}
-    head = _head(shape, cfg, batch, responses, element, train=True)
+    # The gradient of a tied weight waits for the embedding's, which comes last.
+    tied = shape.tied and stage == 0
+    waiting = tied * shape.padded_vocab(parallel.tensor) // parallel.tensor * shape.hidden * element
+    head = _head(shape, cfg, pack, element, fused, train=True)
     norm = layer.checkpoint * (2 if fused else 3)
-    if norm + head >= inside:
-        return {"activations": kept + norm, "logits": head}
-    return {"activations": kept + inside, "logits": 0}
+    moments = (
+        {"activations": kept + norm, "logits": head},
+        {"activations": kept + inside, "logits": waiting},
+        {"activations": layer.checkpoint, "logits": 2 * waiting},
+    )
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def logprob_working(
-    shape: ModelShape, cfg: PolicyConfig, stage: int, batch: MicroBatch, responses: int, micro_batches: int,
-    element: int, fused: bool,
-) -> Parts:  # fmt: skip
-    """Likewise for the forward-only pass, which keeps nothing from layer to layer. mcore's schedule holds the logits
-    of one micro-batch until the next one's are there."""
-    t, n = cfg.parallel.tensor, batch.tokens
-    layer = layer_bytes(shape, cfg.parallel, batch, element, fused)
-    q, kv, f = (x // t for x in (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn))
-    attention = 2 * layer.scores + element * n * (3 * shape.hidden + (2 * (q + 2 * kv) if fused else 7 * q + 3 * kv))
+def logprob_working(shape: ModelShape, cfg: PolicyConfig, stage: int, pack: Pack, element: int, fused: bool) -> Parts:
+    """Likewise for the forward-only pass, which keeps nothing from layer to layer."""
+    t, n, moe = cfg.parallel.tensor, pack.tokens, shape.experts
+    q, kv = shape.heads * shape.head_dim // t, shape.kv_heads * shape.head_dim // t
+    f = moe.per_token * (moe.ffn + shape.hidden) // t if moe else shape.ffn // t
+    attention = element * n * (3 * shape.hidden + (2 * (q + 2 * kv) if fused else 5 * q + 5 * kv))
     mlp = element * n * (2 * shape.hidden + (3 if fused else 5) * f)
-    head = _head(shape, cfg, batch, responses, element, train=False) if stage == cfg.parallel.pipeline - 1 else 0
+    last = stage == cfg.parallel.pipeline - 1
+    head = _head(shape, cfg, pack, element, fused, train=False) if last else 0
     hidden = 3 * n * shape.hidden * element  # the embeddings, the last layer's output, the norm's
-    before = n * shape.padded_vocab(t) // t * element if head and micro_batches > 1 else 0
     if head + hidden >= max(attention, mlp):
-        return {"activations": hidden, "logits": head + before}
-    return {"activations": max(attention, mlp), "logits": before}
+        return {"activations": hidden, "logits": head}
+    return {"activations": max(attention, mlp), "logits": 0}
 
 
 def refit_working(shape: ModelShape, parallel: ParallelConfig, element: int, bucket_mb: int, transport: str) -> int:
     """One bucket of full tensors and the gather of the next; with `cuda_ipc` also the two buffers that engines read."""
-    largest = max(shape.vocab, 2 * shape.ffn) * shape.hidden * element
+    ffn = shape.experts.ffn if shape.experts else shape.ffn
+    largest = max(shape.vocab, 2 * ffn) * shape.hidden * element
     if parallel.tensor == 1:
-        gathered = 2 * shape.ffn * shape.hidden * element  # split fused tensors, copied
+        gathered = 2 * ffn * shape.hidden * element  # split fused tensors, copied
     else:
         gathered = max(bucket_mb * 2**20, largest) + 2 * largest
     return gathered + (2 * max(bucket_mb * 2**20, largest) if transport == "cuda_ipc" else 0)
@@ -219,51 +259,50 @@ def policy_memory(
     """
     cfg, parallel = config.policy, config.policy.parallel
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    # Samples of half the limit fill a micro-batch as well as one of the limit, and their logits are copied once more.
-    train = fullest(cfg.micro_batch_tokens, longest, fused)
-    scoring = fullest(cfg.logprob_micro_batch_tokens, longest, fused)
-    updates = config.training.prompts_per_step // config.training.prompts_per_mini_batch
-    samples = config.training.prompts_per_step * config.rollout.samples_per_prompt // parallel.data
-    tokens = samples * longest
-    micro_batches = max(1, -(-tokens // updates // train.tokens))
+    train, scoring = (
+        # All of it responses: the prompts of a pack of long ones are a small part.
+        Pack(*[-(-max(most, longest) // parallel.context)] * 2)
+        for most in (cfg.micro_batch_tokens, cfg.logprob_micro_batch_tokens)
+    )
+    samples = config.training.prompts_per_mini_batch * config.rollout.samples_per_prompt
+    tokens = -(-samples * longest // (parallel.data * parallel.context))
+    micro_batches = max(1, -(-tokens // train.tokens))
     plans = []
-    for stage in {0, parallel.pipeline - 1}:
-        rest = {"context": context} | rank_state(shape, parallel, stage, element)
-        if not fused:  # megatron keeps one buffer for scores
-            rest["scores buffer"] = max(
-                layer_bytes(shape, parallel, b, element, fused).scores for b in (train, scoring)
-            )
-        working = train_working(shape, cfg, stage, train, train.tokens, micro_batches, element, fused)
-        phases = {
-            "train": rest | {"batch": BATCH_BYTES * tokens // updates} | working,
-            "logprobs": rest
-            | {"batch": BATCH_BYTES * tokens}
-            | logprob_working(shape, cfg, stage, scoring, scoring.tokens, tokens // scoring.tokens, element, fused),
-            "refit": rest
-            | {"gathered": refit_working(shape, parallel, element, config.weight_sync.bucket_mb, transport)},
-            # mcore gathers one kind of the optimizer's state at a time over the data ranks, in float32.
-            "checkpoint": rest | {"gathered": rest["gradients"] + rest["gradients"] // parallel.data},
+    for stage in range(parallel.pipeline):
+        state = rank_state(shape, cfg, stage, element)
+        phases: dict[str, Parts] = {
+            "train": train_working(shape, cfg, stage, train, micro_batches, element, fused)
+            | {"batch": BATCH_BYTES * train.tokens},
+            "logprobs": logprob_working(shape, cfg, stage, scoring, element, fused)
+            | {"batch": BATCH_BYTES * scoring.tokens},
+            "refit": {"gathered": refit_working(shape, parallel, element, config.weight_sync.bucket_mb, transport)},
+            "rollout": {},
         }
         if config.algorithm.kl_coef > 0:
-            phases["reference"] = phases["logprobs"] | {"own weights": rest["weights"]}
+            phases["reference"] = phases["logprobs"] | {"own weights": state["weights"]}
+        owners = dict(zip(state, PARTS, strict=True))
+        for phase, working in phases.items():
+            here = PLAN["logprobs" if phase == "reference" else phase] if cfg.offload else PARTS
+            held = {name: size for name, size in state.items() if owners[name] in here}
+            phases[phase] = {"context": context} | held | working
         plans.append(PolicyMemory(stage, phases))
     return max(plans, key=lambda plan: plan.peak)
 
 
-def fullest(max_tokens: int, longest: int, fused: bool) -> MicroBatch:
-    """The micro-batch of at most `max_tokens` (or one sample, if that is longer) that takes most memory."""
-    if max_tokens < longest:
-        return MicroBatch(longest, 1)
-    count = max_tokens // longest
-    return MicroBatch(max_tokens // 2, 2) if fused and count == 1 else MicroBatch(longest, count)
-
-
-def checkpoint_host_bytes(shape: ModelShape, parallel: ParallelConfig, ranks_of_node: int) -> int:
-    """Host memory of one node while a checkpoint is written: float32 weights and moments of every rank's shard, whole
-    on each data rank, and one gathered copy more."""
-    stages = (0, parallel.pipeline - 1)
-    elements = max(buffer_elements(tensor_sizes(shape, parallel, stage), parallel.data) for stage in stages)
-    return int(min(ranks_of_node, parallel.world_size) * (3 + 2 + 3 / parallel.data) * 4 * elements)
+def host_bytes(shape: ModelShape, cfg: PolicyConfig, ranks_of_node: int, element: int) -> Parts:
+    """Host memory of one node of the policy, by what it is for: state that an offloading optimizer steps there, pinned
+    copies of what leaves the device between phases, and a checkpoint's copy of every rank's share while it is written
+    (weights are shared out over data ranks)."""
+    parts: Parts = {}
+    for stage in range(cfg.parallel.pipeline):
+        state, share = rank_state(shape, cfg, stage, element), stage_elements(shape, cfg.parallel, stage)[1]
+        each = {
+            "optimizer": int(optimizer_bytes(cfg.optimizer, element)[1] * share),
+            "offload": (state["weights"] + state["optimizer"]) * cfg.offload,
+            "checkpoint": (element + 4 + 2 * _STATE_BYTES[cfg.optimizer.moments_dtype]) * share,
+        }
+        parts = {name: max(size, parts.get(name, 0)) for name, size in each.items()}
+    return {name: size * min(ranks_of_node, cfg.parallel.world_size) for name, size in parts.items()}
 
 
 def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int, element: int) -> int:
@@ -299,7 +338,8 @@ def engine_memory(
     t = tensor_parallel
     weights = shape.parameters * element // t
     # Hidden states in and out, and the FFN's gate, up and product; float32 logits of the sampled rows, twice.
-    working = batched_tokens * element * (2 * shape.hidden + 3 * shape.ffn // t)
+    ffn = shape.experts.per_token * shape.experts.ffn if shape.experts else shape.ffn
+    working = batched_tokens * element * (2 * shape.hidden + 3 * ffn // t)
     working += 2 * 4 * max_num_seqs * shape.vocab
     kv = int(memory * share) - weights - working
     tokens = max(0, kv // kv_bytes_per_token(shape, t, element))

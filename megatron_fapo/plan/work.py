@@ -1,37 +1,26 @@
 """Seconds of the policy's phases: log-probabilities, updates, refit. Pure arithmetic on the real micro-batches.
 
-The samples of a step are dealt to data ranks and packed by the very functions that a run uses (`policy/batch.py`), so
-padding and uneven ranks are in. Tensor-parallel communication is not overlapped, as in the policy; a pipeline's bubble
-is its longest micro-batch times the stages before it.
+The samples of a step are dealt to data ranks and packed by the very function that a run uses (`policy/packing.py`), so
+padding and uneven ranks are in. Communication of tensor, context and expert ranks is taken as not overlapped. A
+pipeline's bubble is its longest micro-batch times the stages before it, divided by the chunks of a stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_fapo.config.root import Config
 from megatron_fapo.plan.hardware import Hardware
-from megatron_fapo.plan.memory import buffer_elements, tensor_sizes
-from megatron_fapo.policy.batch import plan_micro_batches, split_over_data_ranks
+from megatron_fapo.plan.memory import stage_elements
+from megatron_fapo.plan.simulate import SimSample
+from megatron_fapo.policy.flops import head_flops, layer_flops, train_flops
 from megatron_fapo.policy.hf_config import ModelShape
+from megatron_fapo.policy.packing import CostModel, schedule_for
 
-
-def layer_flops(shape: ModelShape, tokens: int, width: int) -> float:
-    """Forward FLOPs of all layers: two per weight and token, and the causal half of the attention scores."""
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    weights = shape.hidden * (2 * q + 2 * kv) + 3 * shape.hidden * shape.ffn
-    return float(tokens) * shape.layers * (2 * weights + 2 * width * q)
-
-
-def head_flops(shape: ModelShape, tokens: int) -> float:
-    """Forward FLOPs of the output layer."""
-    return 2.0 * tokens * shape.hidden * shape.vocab
-
-
-def train_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
-    """Of forward and backward over samples of these lengths, without padding and recomputation: what MFU counts."""
-    return sum(3 * (layer_flops(shape, n, n) + head_flops(shape, n)) for n in lengths)
+_packed = lru_cache(maxsize=512)(schedule_for)
+"""Fits of rates and layouts that differ in nothing but recomputation ask for the same schedule again and again."""
 
 
 @dataclass(frozen=True)
@@ -51,53 +40,68 @@ class PolicyWork:
         self.config, self.shape, self.hardware, self.element = config, shape, hardware, element
         parallel = config.policy.parallel
         self.parallel, self.rates = parallel, hardware.rates
-        self.elements = buffer_elements(tensor_sizes(shape, parallel, 0), parallel.data)
+        self.elements, self.share = stage_elements(shape, parallel, 0)
 
-    def times(self, lengths: Sequence[int]) -> PolicyTimes:
-        """Of a step with samples of these lengths (prompt and response), in the order of their groups."""
+    def times(self, samples: Sequence[SimSample]) -> PolicyTimes:
+        """Of a step with these samples, in the order of their groups."""
         cfg, passes = self.config, 2 if self.config.algorithm.kl_coef > 0 else 1
-        logprobs = passes * self._run(lengths, cfg.policy.logprob_micro_batch_tokens, train=False)
+        logprobs = passes * self._run(samples, cfg.policy.logprob_micro_batch_tokens, train=False)
         size = cfg.training.prompts_per_mini_batch * cfg.rollout.samples_per_prompt
-        parts = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+        parts = [samples[i : i + size] for i in range(0, len(samples), size)]
         train = sum(self._run(part, cfg.policy.micro_batch_tokens, train=True) + self.update_s() for part in parts)
         peak = self.rates.peak_tflops * 1e12 * self.parallel.world_size
-        return PolicyTimes(logprobs, train, train_flops(self.shape, lengths) / train / peak)
+        flops = train_flops(self.shape, [s.prompt + s.response for s in samples], sum(s.response for s in samples))
+        return PolicyTimes(logprobs, train, flops / train / peak)
 
-    def _run(self, lengths: Sequence[int], max_tokens: int, *, train: bool) -> float:
-        """Seconds of the slowest data rank over its micro-batches."""
-        slowest = 0.0
-        for part in split_over_data_ranks(lengths, self.parallel.data):
-            own = [lengths[i] for i in part]
-            passes = [
-                self._micro_batch_s(len(batch), max(own[i] for i in batch), train)
-                for batch in plan_micro_batches(own, max_tokens)
-            ]
-            bubble = (self.parallel.pipeline - 1) * max(passes, default=0.0)
-            slowest = max(slowest, sum(passes) + bubble)
-        return slowest
+    def _run(self, samples: Sequence[SimSample], max_tokens: int, *, train: bool) -> float:
+        """Seconds of the slowest data rank over its micro-batches; ranks that share experts wait at each of them."""
+        p = self.parallel
+        lengths = tuple(s.prompt + s.response for s in samples)
+        packs = _packed(p, CostModel.from_shape(self.shape), lengths, max_tokens).micro_batches
+        rows = [[self._pack_s([samples[i] for i in pack], train) for pack in rank] for rank in packs]
+        if p.expert * p.expert_tensor > p.tensor * p.context:
+            rows = [[max(passes) for passes in zip(*rows, strict=True)]]
+        bubble = (p.pipeline - 1) / p.virtual_pipeline
+        return max(sum(passes) + bubble * max(passes) for passes in rows)
 
-    def _micro_batch_s(self, count: int, width: int, train: bool) -> float:
+    def _pack_s(self, samples: Sequence[SimSample], train: bool) -> float:
         """Seconds of one stage; the last one's softmax sets the pace of all."""
-        t, p = self.parallel.tensor, self.parallel.pipeline
-        tokens, full = count * width, self.config.policy.recompute == "full"
-        layers = layer_flops(self.shape, tokens, width)
-        flops = (4 if full else 3) * layers + 3 * head_flops(self.shape, tokens) if train else layers
-        flops += 0 if train else head_flops(self.shape, tokens)
-        rates = self.rates
+        parallel, rates, shape = self.parallel, self.rates, self.shape
+        t, c, p = parallel.tensor, parallel.context, parallel.pipeline
+        tokens, responses = sum(s.prompt + s.response for s in samples), sum(s.response for s in samples)
+        layers = sum(layer_flops(shape, s.prompt + s.response, s.prompt + s.response) for s in samples)
+        full = self.config.policy.recompute == "full"
+        # Forward and twice that backward; what is worked out again in backward once more, as logits always are.
+        flops = (3 + full) * layers + 4 * head_flops(shape, responses) if train else layers
+        flops += 0 if train else head_flops(shape, responses)
         mfu, logit_s = (rates.train_mfu, rates.logit_train_s) if train else (rates.forward_mfu, rates.logit_forward_s)
-        logits_s = tokens * self.shape.padded_vocab(t) / t * logit_s
+        logits_s = responses / c * shape.padded_vocab(t) / t * logit_s
+        passes, backward = (2 + full, 1) if train else (1, 0)
+        token = shape.layers / p * tokens / c * self.element  # bytes of one number of every token, in all layers
         # Two all-reduces a layer each way (with sequence parallelism as gather and scatter, once more in backward).
-        passes = (2 + full + 0.5 * self.parallel.sequence_parallel) if train else 1
-        reduced = 2 * passes * self.shape.layers / p * tokens * self.shape.hidden * self.element * 2 * (t - 1) / t
-        return logits_s + flops / (t * p) / (rates.peak_tflops * 1e12 * mfu) + reduced / (rates.link_gbs * 1e9)
+        reduced = 2 * (passes + 0.5 * backward * parallel.sequence_parallel) * token * shape.hidden * 2 * (t - 1) / t
+        # Keys and values go round the context ranks, in backward with their gradients.
+        reduced += (passes + backward) * token * 2 * shape.kv_heads * shape.head_dim / t * (c - 1)
+        link_s = reduced / (rates.link_gbs * 1e9)
+        if shape.experts:  # every token to its experts and back
+            ep = parallel.expert
+            sent = 2 * passes * token * shape.hidden / t * shape.experts.per_token * (ep - 1) / ep
+            link_s += sent / (self._link(ep) * 1e9)
+        return logits_s + flops / (t * c * p) / (rates.peak_tflops * 1e12 * mfu) + link_s
+
+    def _link(self, ranks: int) -> float:
+        """GB/s within a group of so many consecutive ranks."""
+        return self.rates.link_gbs if ranks <= self.hardware.gpus_per_node else self.rates.network_gbs
 
     def update_s(self) -> float:
         """One optimizer update: gradients reduced, shares stepped, weights gathered."""
-        d, inside = self.parallel.data, self.parallel.tensor * self.parallel.data <= self.hardware.gpus_per_node
-        link = (self.rates.link_gbs if inside else self.rates.network_gbs) * 1e9
-        exchanged = (4 + self.element) * self.elements * (d - 1) / d / link
-        # Gradients cleared and read, weights and moments read and written.
-        touched = (8 * self.elements + 32 * self.elements / d) / (self.rates.memory_gbs * 1e9)
+        p = self.parallel
+        sharing = p.context * p.data
+        exchanged = (
+            (4 + self.element) * self.elements * (sharing - 1) / sharing / (self._link(p.tensor * sharing) * 1e9)
+        )
+        # Gradients cleared and read; weights and moments of this rank's share read and written.
+        touched = (8 * self.elements + 32 * self.share) / (self.rates.memory_gbs * 1e9)
         return exchanged + touched + self.rates.update_s
 
     def refit_s(self, other_nodes: float) -> float:
