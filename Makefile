@@ -16,7 +16,7 @@ windtunnel: setup
 	.venv/bin/fapo bench windtunnel --out runs/windtunnel $(ARGS)
 
 test: setup
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
