@@ -33,12 +33,14 @@ from benchmarks.run_table import machine
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
 from megatron_fapo.plan import memory
-from megatron_fapo.plan.work import train_flops
 from megatron_fapo.policy.batch import TrainSample
+from megatron_fapo.policy.flops import train_flops
 from megatron_fapo.policy.model import use_transformer_engine
-from megatron_fapo.policy.worker import PolicyWorker, Rank
+from megatron_fapo.policy.parallel import Rank
+from megatron_fapo.policy.worker import PolicyWorker
 
-PROMPT = 64
+PROMPT, _PACKS = 64, 4
+"""Tokens of a prompt; micro-batches of an update."""
 ONE_RANK = ParallelConfig()
 TINY = {"architecture": "Qwen3", "layers": 4, "hidden": 128, "ffn": 256, "heads": 4, "kv": 2, "dim": 32, "vocab": 515}
 TINY |= {"tied": True}
@@ -55,7 +57,7 @@ CPU_MODELS: dict[str, dict[str, Any]] = {
     "tiny Qwen2": TINY | {"architecture": "Qwen2", "tied": False},
     "36M Qwen3": TINY | {"layers": 6, "hidden": 384, "ffn": 1024, "heads": 6, "dim": 64, "vocab": 32000},
 }  # fmt: skip
-# Model -> (recompute, micro_batch_tokens, tokens of a sample); every case makes four micro-batches.
+# Model -> (recompute, micro_batch_tokens, tokens of a sample).
 GPU_CASES = {
     "0.5B (Qwen2.5)": (("none", 4096, 1024), ("none", 16384, 1024), ("full", 16384, 4096)),
     "1.5B (Qwen2.5)": (("none", 8192, 2048), ("full", 16384, 2048)),
@@ -106,6 +108,11 @@ def samples(count: int, tokens: int) -> list[TrainSample]:
     return [TrainSample(ids[:PROMPT], ids[PROMPT:], 1.0, (-6.0,) * response, None) for _ in range(count)]
 
 
+def packs(count: int, tokens: int, length: int) -> list[list[TrainSample]]:
+    """Micro-batches of `tokens`, all full."""
+    return [samples(tokens // length, length) for _ in range(count)]
+
+
 def cpu_peak(work: Callable[[], Any]) -> tuple[int, float]:
     """(most bytes allocated at once on top of what there was, seconds), from the profiler's record of the allocator."""
     began = time.monotonic()
@@ -134,7 +141,7 @@ def gpu_peak(work: Callable[[], Any]) -> tuple[int, float]:
 
 def state_bytes(worker: PolicyWorker) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer state that the rank really holds."""
-    buffers = worker.ddp[0].buffers
+    buffers = [buffer for ddp in worker.ddp for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
     optimizer = 0
     for part in getattr(worker.optimizer, "chained_optimizers", [worker.optimizer]):
         for parameter, state in part.optimizer.state.items():
@@ -162,21 +169,21 @@ def check(
     worker = make_worker(rank, cfg, device)
     stage = worker.state.get_pipeline_model_parallel_rank()
     element, fused = (2, use_transformer_engine()) if device == "gpu" else (4, False)
-    batch = memory.MicroBatch(length, tokens // length)
-    inputs = samples(4 * batch.count, length)
-    responses = batch.count * (length - PROMPT)
+    inputs = packs(_PACKS, tokens, length)
+    responses = tokens // length * (length - PROMPT)
+    pack = memory.Pack(tokens // parallel.context, responses // parallel.context)
     worker.train(inputs)  # compilation, libraries' workspaces, Adam's state where it is made late
     worker.logprobs(inputs)
     real_state = state_bytes(worker)
     logprob_bytes, logprob_s = peak(lambda: worker.logprobs(inputs))
     train_bytes, train_s = peak(lambda: worker.gradients(inputs))
     step_bytes, step_s = (train_bytes, train_s) if device == "cpu" else peak(lambda: worker.train(inputs))
-    predicted_state = memory.rank_state(worker.shape, cfg.parallel, stage, element)
-    working = memory.train_working(worker.shape, cfg, stage, batch, responses, 4, element, fused)
-    scoring = memory.logprob_working(worker.shape, cfg, stage, batch, responses, 4, element, fused)
-    inputs_bytes = memory.BATCH_BYTES * 4 * batch.tokens
+    predicted_state = memory.rank_state(worker.shape, cfg, stage, element)
+    working = memory.train_working(worker.shape, cfg, stage, pack, _PACKS, element, fused)
+    scoring = memory.logprob_working(worker.shape, cfg, stage, pack, element, fused)
+    inputs_bytes = memory.BATCH_BYTES * pack.tokens
     base = sum(predicted_state.values())
-    flops = train_flops(worker.shape, [length] * 4 * batch.count)
+    flops = train_flops(worker.shape, [s.tokens for each in inputs for s in each], _PACKS * responses)
     result: dict[str, Any] = {
         "model": name, "parameters": worker.shape.parameters, "recompute": recompute, "micro_batch_tokens": tokens,
         "sample_tokens": length, "element": element, "fused": fused,
@@ -186,7 +193,7 @@ def check(
         "logprobs": {"predicted": base + sum(scoring.values()) + inputs_bytes, "parts": scoring,
                      "real": sum(real_state.values()) + logprob_bytes},
         "update_bytes": step_bytes,
-        "update_s": step_s, "logprobs_s": logprob_s, "tokens_per_s": 4 * batch.tokens / step_s,
+        "update_s": step_s, "logprobs_s": logprob_s, "tokens_per_s": _PACKS * tokens / step_s,
         "model_tflops_per_s": flops / step_s / 1e12,
     }  # fmt: skip
     if device == "gpu":
