@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_fapo.errors import CheckpointError
 
 SUMS = "SHA256SUMS"
 
@@ -72,9 +75,18 @@ def format_sums(files: Mapping[str, str]) -> str:
 
 
 def read_sums(directory: Path) -> dict[str, str]:
-    """Hashes by name, as SHA256SUMS in `directory` has them."""
-    lines = (directory / SUMS).read_text(encoding="utf-8").splitlines()
-    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+    """Hashes by name, as SHA256SUMS in `directory` has them.
+
+    Raises:
+        CheckpointError: it is missing, or not as it was written.
+    """
+    path = directory / SUMS
+    if not path.is_file():
+        raise CheckpointError(f"{SUMS} is missing")
+    text = path.read_bytes().decode("utf-8", "replace")
+    if not re.fullmatch(r"([0-9a-f]{64}  [^\n]+\n)+", text):
+        raise CheckpointError(f"{SUMS} is not as it was written")
+    return {name: sha256 for sha256, _, name in (line.partition("  ") for line in text.splitlines())}
 
 
 def damaged(directory: Path, files: Mapping[str, str], names: Iterable[str]) -> list[str]:

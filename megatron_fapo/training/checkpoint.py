@@ -205,11 +205,14 @@ class Checkpoints:
 
 def problems(path: Path) -> list[str]:
     """What is wrong with a checkpoint, but for the hashes of `files_of`; [] when nothing is."""
-    if not (path / SUMS).is_file():
-        return [f"{SUMS} is missing"]
-    sums = read_sums(path)
-    if wrong := damaged(path, sums, [_STATE, *({_EVALUATION} & sums.keys())]) if _STATE in sums else [f"{SUMS} is cut"]:
+    try:
+        sums = read_sums(path)
+    except CheckpointError as error:
+        return [str(error)]
+    if wrong := damaged(path, sums, sums.keys() & {_STATE, _EVALUATION}):
         return wrong
+    if _STATE not in sums:
+        return [f"{SUMS} does not list {_STATE}"]
     for name, size in json.loads((path / _STATE).read_text())["files"].items():
         if name not in sums:
             wrong.append(f"{SUMS} does not list {name}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_fapo.checksums import FileSum, damaged, sum_file
 from megatron_fapo.config.training import CheckpointConfig
-from megatron_fapo.errors import UserError
-from megatron_fapo.training.checkpoint import Checkpoints, RunState, best_step
+from megatron_fapo.errors import CheckpointError, UserError
+from megatron_fapo.training import loop
+from megatron_fapo.training.checkpoint import (
+    Checkpoints,
+    DamagedCheckpointError,
+    RunState,
+    best_step,
+    files_of,
+    problems,
+)
 
 F1, TOKENS = "eval/fpb/f1", "eval/fpb/response/tokens_mean"
 
 
 def _save(checkpoints: Checkpoints, step: int, f1: float | None = None, tokens: float = 100.0) -> Path:
-    (checkpoints.begin(step) / "weights").write_text(f"weights of {step}")
+    """`weights` come from the driver, `policy/ranks` from others, who give their sum."""
+    partial = checkpoints.begin(step)
+    (partial / "weights").write_text(f"weights of {step}")
+    (partial / "policy").mkdir()
+    (partial / "policy" / "ranks").write_text(f"ranks of {step}")
     evaluation = {} if f1 is None else {F1: f1, TOKENS: tokens, "eval/other/response/tokens_mean": 1.0}
-    return checkpoints.finish(RunState(step, step + 1, {"offset": step * 8}, evaluation), {})
+    return checkpoints.finish(
+        RunState(step, step + 1, {"offset": step * 8}, evaluation),
+        {"policy/ranks": sum_file(partial / "policy" / "ranks")},
+    )
 
 
 def _names(checkpoints: Checkpoints) -> list[str]:
@@ -188,3 +206,101 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_up_for(tmp_path: Path) -> Non
     assert _names(checkpoints) == ["step_000004"], "the one that was best has served"
     checkpoints.amend(RunState(6, 7, {}))
     assert _names(checkpoints) == ["step_000004"], "no checkpoint comes from an evaluation alone"
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Any] = {
+    "flipped": _flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "gone": Path.unlink,
+}
+FILES = ("weights", "policy/ranks", "state.json", "evaluation.json", "SHA256SUMS")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_to_any_file_is_found_and_the_way_out_is_said(tmp_path: Path, name: str, damage: str) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2, best_metric=F1))
+    older, newest = _save(checkpoints, 1, f1=0.5), _save(checkpoints, 2)
+    checkpoints.amend(RunState(2, 3, {"offset": 16}, {F1: 0.9}))
+    assert checkpoints.best() == newest
+    assert subprocess.run(["sha256sum", "--strict", "--check", "SHA256SUMS"], cwd=newest, check=False).returncode == 0
+    assert problems(newest) == damaged(newest, files_of(newest), files_of(newest)) == []
+
+    DAMAGES[damage](newest / name)
+    try:
+        checkpoints.newest()
+    except DamagedCheckpointError as error:
+        text = str(error)
+        checkpoints.tidy()
+        assert checkpoints.complete() == [older], "a damaged checkpoint does not count"
+        assert newest.is_dir(), "a damaged checkpoint is not removed"
+        assert (tmp_path / "checkpoints" / "best").resolve() == older.resolve()
+    else:  # only a hash can tell, which is the ranks' work
+        assert (name, damage) in {("weights", "flipped"), ("policy/ranks", "flipped")}
+        text = str(checkpoints.damaged(newest, damaged(newest, files_of(newest), files_of(newest))))
+    assert name in text
+    assert "step_000001 is complete: move step_000002 away" in text
+
+
+def test_a_damaged_file_beyond_the_sums_is_told_from_missing_ones(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    path = _save(checkpoints, 1)
+    lines = (path / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (path / "SHA256SUMS").write_text("".join(line for line in lines if "ranks" not in line))
+    with pytest.raises(CheckpointError, match=r"does not list policy/ranks.*No older one is complete"):
+        checkpoints.newest()
+
+
+def test_what_the_driver_cannot_see_is_no_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    partial = checkpoints.begin(1)
+    (partial / "short").write_text("abc")
+    with pytest.raises(CheckpointError, match=r"absent, short: written by a rank.*file system that all nodes share"):
+        checkpoints.finish(RunState(1, 1, {}), {"short": FileSum(4, ""), "absent": FileSum(1, "")})
+    assert checkpoints.complete() == []
+
+
+def test_an_unwatched_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Damage that ranks find when the run has begun (its processes are left out here) ends the attempt, not the run."""
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2))
+    for step in (1, 2):
+        _save(checkpoints, step)
+    _flip(tmp_path / "checkpoints" / "step_000002" / "policy" / "ranks")
+    resumed_from = []
+
+    async def run(*_: Any) -> int:
+        path, state = checkpoints.newest()
+        if wrong := damaged(path, files_of(path), files_of(path)):
+            raise checkpoints.damaged(path, wrong)
+        resumed_from.append(state.step)
+        return 0
+
+    monkeypatch.setattr(loop, "_train", run)
+    monkeypatch.setattr(loop.log, "propagate", True)
+    with pytest.raises(DamagedCheckpointError, match="policy/ranks"):
+        loop.train_command(None, resume="newest")  # type: ignore[arg-type]
+    assert not resumed_from
+    assert loop.train_command(None, resume="auto") == 0  # type: ignore[arg-type]
+    assert resumed_from == [1]
+    assert (tmp_path / "checkpoints" / "step_000002.damaged").is_dir()
+    assert "policy/ranks is not as it was written" in caplog.text
+    shutil.rmtree(tmp_path / "checkpoints" / "step_000001")
+    assert checkpoints.exist(), "a run whose checkpoints are all damaged does not begin anew by itself"
+
+
+def test_a_checkpoint_that_replaces_one_is_never_without_it(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=1))
+    _save(checkpoints, 1)
+    path = _save(checkpoints, 1)
+    assert checkpoints.complete() == [path]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert json.loads((path / "state.json").read_text())["files"] == {"policy/ranks": 10, "weights": 12}
