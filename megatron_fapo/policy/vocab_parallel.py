@@ -82,6 +82,8 @@ class _LogprobEntropy(torch.autograd.Function):
         hidden_NH = hidden_MH[index_N]
         local_N = target_N - rank * len(weight_VH)
         rows = max(0, min(len(weight_VH), vocab - rank * len(weight_VH)))
+        if not len(index_N):  # a shape of its own to compile for
+            rows = 0
         blocks = list(_blocks(rows, len(index_N), hidden_MH.shape[1], chunk_bytes))
         add_block = _fused(_add_block, hidden_MH)
         merged = _nothing(hidden_NH)  # a rank whose rows are all padded has no block
@@ -118,7 +120,7 @@ class _LogprobEntropy(torch.autograd.Function):
                 logits_NB, at_N, log_z_N, entropy_N, grad_logprob_N, grad_entropy_N, ctx.temperature, dtype
             )
             del logits_NB
-            grad_weight_VH[block] = grad_NB.T @ hidden_NH
+            torch.mm(grad_NB.T, hidden_NH, out=grad_weight_VH[block])
             grad_NH += _product(grad_NB, weight_VH[block])
             del grad_NB
         grad_MH = torch.zeros_like(hidden_MH)
