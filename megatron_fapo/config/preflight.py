@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.config.root import Config, Purpose, asks_genrm, samplers
-from megatron_fapo.device import choose_device
+from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.user_function import COMPUTE_SCORE, JUDGE_FUNCTION, load_function
 from megatron_fapo.observe.loggers import logger_problems
@@ -36,10 +36,14 @@ def preflight(config: Config, purpose: Purpose = "train") -> list[str]:
         except UserError as error:
             problems.append(str(error))
     optimizer = config.policy.optimizer
-    if purpose in ("train", "warmup") and config.device == "cpu" and optimizer.low_precision:
-        from megatron_fapo.policy.optimizer import state_dtype_problem
+    if (
+        purpose in ("train", "warmup")
+        and config.device == "cpu"
+        and (optimizer.low_precision or optimizer.offload_fraction)
+    ):
+        from megatron_fapo.policy.optimizer import optimizer_problem
 
-        problems += filter(None, [state_dtype_problem(optimizer, device="cpu")])
+        problems += filter(None, [optimizer_problem(optimizer, choose_dtype(config.policy.dtype, "cpu"), "cpu")])
     return problems + (_function_problems(config) if purpose not in ("warmup", "serve") else [])
 
 

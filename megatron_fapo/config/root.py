@@ -122,6 +122,11 @@ RULES = (
         "state on the host is float32: set both types to it, or offload_fraction to 0",
     ),
     Rule(
+        ("policy.optimizer.offload_fraction", "policy.dtype"),
+        lambda c: c.policy.optimizer.offload_fraction > 0 and c.policy.dtype == "float32",
+        "mcore's hybrid optimizer does not take float32 parameters: set dtype to bfloat16, or offload_fraction to 0",
+    ),
+    Rule(
         ("policy.optimizer.main_dtype", "policy.dtype"),
         lambda c: c.policy.optimizer.main_dtype != "float32" and c.policy.dtype == "float32",
         "float32 parameters are their own main weights: set main_dtype to float32",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -190,12 +191,7 @@ class PolicyMemory:
         """A place in host memory for each storage of the part: the same memory at every call."""
         places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         if part not in self._host or self._host[part].nbytes != sum(places):
-            if part in self._host and self._device == "cuda":
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._host[part].data_ptr()))
-            self._host[part] = slab = torch.empty(sum(places), dtype=torch.uint8)
-            if self._device == "cuda" and slab.nbytes:
-                # PyTorch's own pinned memory comes in powers of two: up to twice what is needed.
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), slab.nbytes, 0))
+            self._host[part] = _host_memory(sum(places), pinned=self._device == "cuda")
         whole = self._host[part].split(places)
         return (place[:size] for place, size in zip(whole, sizes, strict=True))
 
@@ -225,7 +221,19 @@ def _optimizer_tensors(optimizer: Any) -> Iterator[torch.Tensor]:
             for group in inner.param_groups:
                 yield from group["params"]
             for state in inner.state.values():
-                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+                # Transformer Engine's FP8 tensors are wrappers without a storage of their own.
+                yield from (getattr(v, "_data", v) for v in state.values() if isinstance(v, torch.Tensor))
+
+
+def _host_memory(nbytes: int, *, pinned: bool) -> torch.Tensor:
+    """Pinned by CUDA in its exact size: PyTorch's own pinned memory comes in powers of two."""
+    memory = torch.empty(nbytes, dtype=torch.uint8)
+    if pinned and nbytes:
+        cuda = torch.cuda.cudart()
+        torch.cuda.check_error(cuda.cudaHostRegister(memory.data_ptr(), nbytes, 0))
+        # Whoever gets the addresses next would otherwise find them registered.
+        weakref.finalize(memory, cuda.cudaHostUnregister, memory.data_ptr()).atexit = False
+    return memory
 
 
 def _flat(storage: torch.UntypedStorage) -> torch.Tensor:

@@ -34,13 +34,13 @@ def make_optimizer(chunks: list[Any], cfg: OptimizerConfig, dtype: torch.dtype) 
     """(optimizer, scheduler) for a rank's DDP-wrapped chunks. Norm weights and biases do not decay, as is mcore's rule.
 
     Raises:
-        UserError: low-precision state is asked for and Transformer Engine is not installed.
+        UserError: the optimizer cannot train such parameters, or not here.
     """
     from megatron.core.optimizer import OptimizerConfig as McoreConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    if problem := state_dtype_problem(cfg):
+    if problem := optimizer_problem(cfg, str(dtype).removeprefix("torch.")):
         raise UserError(problem)
     hybrid = cfg.offload_fraction > 0
     moments = _STATE_DTYPES[cfg.moments_dtype]
@@ -58,11 +58,12 @@ def make_optimizer(chunks: list[Any], cfg: OptimizerConfig, dtype: torch.dtype) 
             params_dtype=dtype,
             use_distributed_optimizer=True,
             # The hybrid optimizer keeps float32 weights of its own; without this mcore would keep them once more, on
-            # the device. Of a float32 model it would lose the gradients of the device's half.
-            use_precision_aware_optimizer=cfg.low_precision or (hybrid and dtype == torch.bfloat16),
+            # the device.
+            use_precision_aware_optimizer=cfg.low_precision or hybrid,
             main_params_dtype=_STATE_DTYPES[cfg.main_dtype],
             exp_avg_dtype=moments,
-            exp_avg_sq_dtype=moments,
+            # Squares span twice as many orders of magnitude: in FP8 the small ones are 0, and their weights jump.
+            exp_avg_sq_dtype=torch.float16 if cfg.moments_dtype == "fp8" else moments,
             optimizer_cpu_offload=hybrid,
             optimizer_offload_fraction=cfg.offload_fraction,
             overlap_cpu_optimizer_d2h_h2d=hybrid,
@@ -86,12 +87,17 @@ def make_optimizer(chunks: list[Any], cfg: OptimizerConfig, dtype: torch.dtype) 
     return optimizer, scheduler
 
 
-def state_dtype_problem(cfg: OptimizerConfig, *, device: str | None = None) -> str | None:
-    """Why the optimizer cannot keep its state in the types asked for, with the remedy.
+def optimizer_problem(cfg: OptimizerConfig, dtype: str, device: str | None = None) -> str | None:
+    """Why this optimizer cannot train parameters of `dtype`, with the remedy.
 
     Args:
         device: where the policy will run; None: here.
     """
+    if cfg.offload_fraction > 0 and dtype == "float32":
+        return (
+            f"policy.optimizer.offload_fraction={cfg.offload_fraction:g}: mcore's hybrid optimizer takes no float32 "
+            "parameters; set policy.dtype to bfloat16, or offload_fraction to 0"
+        )
     if not cfg.low_precision or (device != "cpu" and find_spec("transformer_engine") is not None):
         return None
     where = "does not run on a CPU" if device == "cpu" else "is not installed"
@@ -102,22 +108,24 @@ def state_dtype_problem(cfg: OptimizerConfig, *, device: str | None = None) -> s
 
 
 def _create_state(optimizer: Any) -> None:
-    """Give torch's AdamW its (zero) state now rather than in its first step.
+    """Give the optimizer its (zero) state now rather than in its first step.
 
-    mcore asks the state for its step count when it saves or loads and fails on an optimizer that has not stepped.
-    Fused optimizers of Transformer Engine and apex keep the count elsewhere and are left alone.
+    mcore asks the state for its step count when it saves or loads and fails on an AdamW that has not stepped. That of
+    Transformer Engine it would ask for state in a way of earlier versions, where its types can be chosen.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
         for adam in getattr(inner, "sub_optimizers", [inner]):
-            if not isinstance(adam, torch.optim.AdamW):
-                continue
             for group in adam.param_groups:
                 for parameter in group["params"]:
-                    adam.state[parameter] = {
-                        "step": torch.tensor(0.0, device=parameter.device if group.get("fused") else "cpu"),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    if isinstance(adam, torch.optim.AdamW):
+                        adam.state[parameter] = {
+                            "step": torch.tensor(0.0, device=parameter.device if group.get("fused") else "cpu"),
+                            "exp_avg": torch.zeros_like(parameter),
+                            "exp_avg_sq": torch.zeros_like(parameter),
+                        }
+                    elif part.config.use_precision_aware_optimizer:
+                        bits = adam.store_param_remainders and parameter.dtype == torch.bfloat16
+                        adam.initialize_state(parameter, bits)
         if hasattr(inner, "sub_optimizers"):
             inner._sync_sub_optimizers_state_to_hdo()
