@@ -28,7 +28,7 @@ from megatron_fapo.policy.describe import (
     Parameter,
     RankContents,
     conversion_layout,
-    describe_ranks,
+    describe_rank,
     taking_the_part_of,
 )
 from megatron_fapo.policy.hf_config import ModelShape, layout_problems, read_model_shape
@@ -51,7 +51,7 @@ def hf_to_megatron(hf: Path, out: Path, *, tensor: int, pipeline: int, expert: i
     parallel = conversion_layout(shape, tensor, pipeline, expert)
     dtype, source = getattr(torch, shape.dtype), HFCheckpoint(hf)
     problems = _layout_problems(shape, parallel)
-    problems += _hf_problems(source, shape, describe_ranks(shape, WHOLE, dtype)[0])
+    problems += _hf_problems(source, shape, describe_rank(shape, WHOLE, 0, dtype))
     problems += _out_problems(out, shape.parameters * dtype.itemsize)
     if problems:
         raise UserError("\n  ".join([f"{hf} cannot be converted:", *problems]))
@@ -65,7 +65,8 @@ def hf_to_megatron(hf: Path, out: Path, *, tensor: int, pipeline: int, expert: i
     copy_model_files(hf, release / "hf")
     # Without its version, Megatron-LM would reorder Q, K and V as it does for checkpoints of 2019.
     common = {"checkpoint_version": 3.0, "iteration": 0}
-    write_megatron(release, describe_ranks(shape, parallel, dtype), cut, common, on_file=_say)
+    ranks = [describe_rank(shape, parallel, rank, dtype) for rank in range(parallel.world_size)]
+    write_megatron(release, ranks, cut, common, on_file=_say)
     (partial / "latest_checkpointed_iteration.txt").write_text(RELEASE + "\n")
     return _finish(partial, out, lambda: compare(hf, release), verify=verify)
 
@@ -80,7 +81,7 @@ def megatron_to_hf(megatron: Path, out: Path, *, verify: bool) -> int:
     """
     source = weights_of(megatron)
     shape = read_model_shape(source / "hf")
-    stored = StoredWeights(source, describe_ranks(shape, WHOLE, torch.float32)[0].parameters)
+    stored = StoredWeights(source, describe_rank(shape, WHOLE, 0, torch.float32).parameters)
     planned = stored.hf_tensors()
     if problems := _out_problems(out, sum(entry.nbytes for entry in planned)):
         raise UserError("\n  ".join(problems))

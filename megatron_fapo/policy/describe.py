@@ -105,13 +105,10 @@ def conversion_layout(shape: ModelShape, tensor: int, pipeline: int, expert: int
     )
 
 
-def describe_ranks(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> list[RankContents]:
-    """What each rank of a layout holds, with parameters of `dtype` on the meta device."""
-    contents = []
-    for rank in range(parallel.world_size):
-        with taking_the_part_of(rank, parallel):
-            contents.append(contents_of(chunks_on_meta(shape, parallel, dtype), shape))
-    return contents
+def describe_rank(shape: ModelShape, parallel: ParallelConfig, rank: int, dtype: torch.dtype) -> RankContents:
+    """What a rank of the layout holds, as parameters of `dtype` on the meta device."""
+    with taking_the_part_of(rank, parallel):
+        return contents_of(chunks_on_meta(shape, parallel, dtype), shape)
 
 
 def chunks_on_meta(shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype) -> list[Any]:
