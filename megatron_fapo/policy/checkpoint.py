@@ -32,7 +32,14 @@ import torch
 
 from megatron_fapo.checksums import FileSum, SummedFile, damaged, sum_file
 from megatron_fapo.errors import CheckpointError, UserError
-from megatron_fapo.policy.optimizer_shards import optimizer_parts, put_state, sharded_state
+from megatron_fapo.policy.optimizer_shards import (
+    create_state,
+    get_step,
+    optimizer_parts,
+    put_state,
+    set_step,
+    sharded_state,
+)
 
 _WEIGHTS = "model."
 
@@ -74,13 +81,11 @@ class Saver:
         weights = _sharded_weights(worker)
         parts = optimizer_parts(worker.optimizer)
         for part in parts:
-            _create_state(part)
-        if len(parts) > 1:
-            worker.optimizer._synchronize_steps()
+            create_state(part)
         state = {
             "weights": weights,
             "moments": [sharded_state(part, weights, copy=True)[0] for part in parts],
-            "optimizer": [part.state_dict() for part in parts],
+            "step": get_step(parts),
             "scheduler": worker.scheduler.state_dict(),
             "layout": worker.cfg.parallel.model_dump(),
             "random": _random_object(_random_state()),
@@ -179,13 +184,8 @@ def load(worker: Any, directory: str | Path) -> None:
         raise UserError(f"{directory} is not a policy checkpoint: it has no metadata.json")
     common = load_common_state_dict(directory)
     weights, parts = _sharded_weights(worker), optimizer_parts(worker.optimizer)
-    for part, state in zip(parts, common["optimizer"], strict=True):
-        _create_state(part)
-        part.load_state_dict(state)
-        if isinstance(part.optimizer, torch.optim.AdamW):
-            # mcore gives all parameters one shared step tensor, which AdamW would advance once per parameter.
-            for values in part.optimizer.state.values():
-                values["step"] = values["step"].clone()
+    for part in parts:
+        create_state(part)
     moments = [sharded_state(part, weights, copy=False) for part in parts]
     state = {"weights": weights, "moments": [shards for shards, _ in moments]}
     same_layout = common["layout"] == worker.cfg.parallel.model_dump()
@@ -196,6 +196,7 @@ def load(worker: Any, directory: str | Path) -> None:
         chunk.load_state_dict({name.removeprefix(_WEIGHTS): t for name, t in tensors.items()})
     for part, (_, flats) in zip(parts, moments, strict=True):
         put_state(part, flats)
+    set_step(parts, common["step"])
     worker.scheduler.load_state_dict(common["scheduler"])
     if same_layout:
         _restore_random_state(loaded["random"])
@@ -218,12 +219,6 @@ def write_in_this_process() -> None:
 
 def _sharded_weights(worker: Any) -> list[dict[str, Any]]:
     return [chunk.sharded_state_dict(prefix=_WEIGHTS, metadata=metadata()) for chunk in worker.chunks]
-
-
-def _create_state(part: Any) -> None:
-    """Fused optimizers have no moments before their first step; a save before it would lack what a load asks for."""
-    if part.init_state_fn is not None:
-        part.init_state_fn(part.optimizer, part.config)
 
 
 def _make_plan(worker: Any) -> Any:
