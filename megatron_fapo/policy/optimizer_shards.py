@@ -8,6 +8,7 @@ mcore's own resharding format gathers the state of all data ranks on each of the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -84,6 +85,10 @@ def sharded_state(part: Any, weights: Any, *, copy: bool) -> tuple[list[Any], li
         if copy and not tensors:
             continue
         state = state_of(part, parameter)
+        if len(state) < 3:
+            raise RuntimeError(
+                f"{places[parameter].key}: the optimizer has only {sorted(state)} of it; has it made a step?"
+            )
         if not copy:
             flats.append((parameter, state))
         for place, begin in tensors:
@@ -103,6 +108,41 @@ def put_state(part: Any, flats: list[tuple[Any, dict[str, Any]]]) -> None:
         part._set_main_param_and_optimizer_states(parameter, state | {"step": None})
     if hasattr(part.optimizer, "_sync_hdo_state_to_sub_optimizers"):
         part.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def create_state(part: Any) -> None:
+    """Fused optimizers have no moments before their first step; a save before it would lack what a load asks for."""
+    if part.init_state_fn is not None:
+        part.init_state_fn(part.optimizer, part.config)
+
+
+def get_step(parts: list[Any]) -> int:
+    """Updates that the optimizer has made. torch's AdamW counts for each parameter, fused ones for each group."""
+    found = set()
+    for inner in itertools.chain.from_iterable(map(_torch_optimizers, parts)):
+        for group in inner.param_groups:
+            own = [inner.state[p]["step"] for p in group["params"] if "step" in inner.state[p]]
+            found |= set(map(int, own or ([group["step"]] if group["params"] and "step" in group else [])))
+    if len(found) > 1:
+        raise RuntimeError(f"the optimizer's parameters have made different numbers of updates: {sorted(found)}")
+    return found.pop() if found else 0
+
+
+def set_step(parts: list[Any], step: int) -> None:
+    """What `get_step` gave. All else in mcore's state of groups is the configuration's or the schedule's."""
+    for part in parts:
+        for inner in {id(each): each for each in (part.optimizer, *_torch_optimizers(part))}.values():
+            for group in inner.param_groups:
+                own = [inner.state[p] for p in group["params"] if "step" in inner.state[p]]
+                for state in own:
+                    state["step"].fill_(step)
+                if not own:
+                    group["step"] = step
+
+
+def _torch_optimizers(part: Any) -> list[Any]:
+    """mcore's hybrid optimizer has some for the host and one for the device."""
+    return list(getattr(part.optimizer, "sub_optimizers", [part.optimizer]))
 
 
 def _whole_tensors(place: Any) -> list[tuple[Any, int]]:

@@ -16,7 +16,7 @@ from megatron_fapo.checksums import damaged, sum_file
 from megatron_fapo.config.policy import OptimizerConfig, PolicyConfig
 from megatron_fapo.errors import CheckpointError
 from megatron_fapo.policy import checkpoint
-from megatron_fapo.policy.optimizer_shards import optimizer_parts, sharded_state
+from megatron_fapo.policy.optimizer_shards import get_step, optimizer_parts, sharded_state
 from megatron_fapo.policy.parallel import Rank
 from tests.policy.models import VOCAB, make_samples, write_model
 from tests.policy.ranks import Ranks, make_worker, packs_of, policy_config
@@ -78,6 +78,7 @@ def job(rank: Rank, cfg: PolicyConfig, load: str | None, save: str | None, steps
         "pieces": _pieces(worker),
         "schedule": worker.scheduler.state_dict(),
         "groups": [part.state_dict() for part in optimizer_parts(worker.optimizer)],
+        "step": get_step(optimizer_parts(worker.optimizer)),
         "files": files,
     }
     worker.close()
@@ -147,6 +148,7 @@ def _check_layouts(ranks: Ranks, model: str, path: str, saved: dict[str, Any], o
         source = f"{path}/{name}"
         result = ranks.run(cfg.parallel.world_size, job, cfg, source, None, 2)
         # A fresh optimizer or schedule would change the third step's update, and with it the fourth gradient.
+        assert {r["step"] for r in result} == {4}
         assert result[0]["norms"] == pytest.approx(expected, rel=2e-4), name
 
 
