@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -194,12 +193,9 @@ def _ask_megatron(layers: int, parallel: ParallelConfig) -> list[list[tuple[int,
         account_for_embedding_in_pipeline_split=parallel.embedding_in_split,
         account_for_loss_in_pipeline_split=parallel.loss_in_split,
     )
-    ask: tuple[Callable[..., int], ...] = (get_num_layers_to_build, get_transformer_layer_offset)
+    chunks = range(virtual) if virtual else [None]
     return [
-        [
-            tuple(f(config, vp_stage=chunk if virtual else None, pp_rank=stage) for f in ask)
-            for chunk in range(virtual or 1)
-        ]
+        [(get_num_layers_to_build(config, c, stage), get_transformer_layer_offset(config, c, stage)) for c in chunks]
         for stage in range(parallel.pipeline)
     ]
 

@@ -97,6 +97,7 @@ def round_trip_job(rank: Rank, parallel: ParallelConfig, paths: list[str]) -> An
     from megatron_fapo.policy.model import build_chunks
 
     results = []
+    expert = state.get_expert_model_parallel_rank(), state.get_expert_model_parallel_world_size()
     for path in paths:
         shape = read_model_shape(path)
         chunks = build_chunks(shape, PolicyConfig(model_path=path, parallel=parallel), torch.bfloat16)
@@ -104,6 +105,12 @@ def round_trip_job(rank: Rank, parallel: ParallelConfig, paths: list[str]) -> An
             for parameter, _ in model_rules(chunk, shape):
                 parameter.data.fill_(float("nan"))
         load_hf(chunks, shape, path)
+        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers if shape.experts):
+            # The router counts experts as megatron does: an export could be right and the model another.
+            local = [
+                layer_rule(n, 0, shape, *expert).hf_names[0] for n, _ in layer.named_parameters() if ".experts." in n
+            ]
+            assert {int(name.split(".")[5]) for name in local} == set(layer.mlp.local_expert_indices)
         # Padding stands for no token, so nothing of it may be left over from before.
         assert all(p.isfinite().all() for chunk in chunks for p in chunk.parameters())
         if exports(state):
@@ -141,8 +148,8 @@ def test_round_trip_is_bitwise(ranks: Ranks, models: Any, layout: str) -> None:
     paths = [path for (family, _), path in models.items() if layout in LAYOUTS or family == "qwen3_moe"]
     results = [r for r in ranks.run(parallel.world_size, round_trip_job, parallel, paths) if r is not None]
     assert len(results) == exporting
+    assert sorted(stage for stage, owns, _ in results if owns) == list(range(parallel.pipeline))
     owners = {stage: found for stage, owns, found in results if owns}
-    assert sorted(owners) == list(range(parallel.pipeline))
     for stage, _, found in results:
         assert found == owners[stage]  # every exporting rank of a stage gets all of its tensors, in step
     for i, path in enumerate(paths):
