@@ -13,6 +13,7 @@ OUTPUT_LAYER, OPTIMIZER, COMMUNICATION = "output layer", "optimizer", "communica
 KERNELS = (
     (COMMUNICATION, r"nccl|gloo|c10d"),
     ("attention", r"fmha|flash|attention|attn|sdpa|cudnn.*softmax"),
+    (OPTIMIZER, r"adam|multi_tensor"),
     ("gemm", r"gemm|cutlass|cublas|nvjet|xmma|splitk|aten::(mm|addmm|bmm|matmul|linear|baddbmm)$"),
 )
 """What a kernel does, from its name; the first that matches, else it is a norm or elementwise."""
@@ -42,30 +43,41 @@ def busy(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def summarize(profile: Any, seconds: float) -> tuple[dict[str, float], str]:
-    """(milliseconds by group, a text with the kernels of each). Groups that run at the same time overlap; `idle` is
-    what of the step no kernel ran in."""
-    groups: dict[str, Counter[str]] = defaultdict(Counter)
-    spans = []
+    """(milliseconds by group, a text with the kernels of each and what the host did). Groups that run at the same time
+    overlap; `idle` is what of the step no kernel ran in."""
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
     events = profile.events()
-    on_gpu = any(e.device_type == torch.autograd.DeviceType.CUDA for e in events)
-    for event in events:
-        if on_gpu and event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            spans.append((event.time_range.start, event.time_range.end))
-        if event.device_type != torch.autograd.DeviceType.CPU:
-            continue
+    host = [e for e in events if e.device_type == cpu]
+    kernels = [e for e in events if e.device_type == cuda and not e.is_user_annotation]
+    groups: dict[str, Counter[str]] = defaultdict(Counter)
+    # Extensions launch kernels outside of any operator: what stays here after the operators took theirs.
+    unclaimed: Counter[str] = Counter()
+    for kernel in kernels:
+        unclaimed[kernel.name] += kernel.time_range.elapsed_us()
+    for event in host:
         ops, parent = [], event
         while parent is not None:
             ops.append(parent.name)
             parent = parent.cpu_parent
-        work = [(k.name, k.duration) for k in event.kernels] if on_gpu else [(event.name, event.self_cpu_time_total)]
+        work = [(k.name, k.duration) for k in event.kernels] if kernels else [(event.name, event.self_cpu_time_total)]
         for name, duration in work:
             groups[group_of(name, ops)][name] += duration
+            unclaimed[name] -= duration
+    if kernels:
+        for name, duration in unclaimed.items():
+            groups[group_of(name, ())][name] += max(duration, 0)
     total = {group: sum(names.values()) / 1e3 for group, names in groups.items()}
-    if on_gpu:
+    if kernels:
+        spans = [(e.time_range.start, e.time_range.end) for e in kernels]
         total["idle"] = seconds * 1e3 - busy(spans) / 1e3
+        groups["host, its own time"] = Counter()
+        for event in host:
+            groups["host, its own time"][event.name] += event.self_cpu_time_total
     total = dict(sorted(total.items(), key=lambda item: -item[1]))
-    lines = [f"step {seconds * 1e3:.1f} ms (profiled)"]
-    for group, ms in total.items():
-        lines.append(f"\n{group}: {ms:.2f} ms")
-        lines += [f"  {us / 1e3:9.3f} ms  {name[:150]}" for name, us in groups[group].most_common(12)]
+    calls = Counter(e.name for e in host)
+    lines = [f"step {seconds * 1e3:.1f} ms (profiled), {len(kernels)} kernels"]
+    for group in [*total, *(groups.keys() - total.keys())]:
+        lines.append(f"\n{group}: {total[group]:.2f} ms" if group in total else f"\n{group}")
+        top = groups[group].most_common(25 if group not in total else 12)
+        lines += [f"  {us / 1e3:9.3f} ms {calls[name] or '':>6}  {name[:140]}" for name, us in top]
     return {group: round(ms, 2) for group, ms in total.items()}, "\n".join(lines) + "\n"

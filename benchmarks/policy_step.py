@@ -269,6 +269,7 @@ def measure(name: str, job: Job, shape: ModelShape) -> dict[str, Any]:
         "layout": name,
         "ranks": world,
         "step_s": round(step_s, 4),
+        "steps_s": [round(a + b, 4) for a, b in zip(first["model_s"], first["update_s"], strict=True)],
         "optimizer_s": round(statistics.median(first["update_s"]), 4),
         "logprobs_s": round(first["score_s"], 4),
         "tokens": tokens,

@@ -121,7 +121,7 @@ class _LogprobEntropy(torch.autograd.Function):
             )
             del logits_NB
             torch.mm(grad_NB.T, hidden_NH, out=grad_weight_VH[block])
-            grad_NH += _product(grad_NB, weight_VH[block])
+            _add_product(grad_NH, grad_NB, weight_VH[block])
             del grad_NB
         grad_MH = torch.zeros_like(hidden_MH)
         return grad_MH.index_add_(0, index_N, grad_NH.to(grad_MH.dtype)), grad_weight_VH, *(None,) * 8
@@ -139,6 +139,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, as exact; within the product where it can be: every block reads and writes the whole sum."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += _product(a, b)
 
 
 def _fused(function: Callable[..., Tensor], like: Tensor) -> Callable[..., Tensor]:
