@@ -43,7 +43,8 @@ def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 def test_a_local_run_saves_when_signalled_and_goes_on(tmp_path: Path) -> None:
     """The exit codes are the task's own, its output is followed, and nothing outlives it."""
     config, run = policy_config(tmp_path, steps=200), tmp_path / "runs" / "policy"
-    first = FapoProcess(tmp_path / "first.log", "launch", "--executor", "local", "-c", str(config))
+    words = ("launch", "--executor", "local", "-c", str(config), "genrm.enabled=false")
+    first = FapoProcess(tmp_path / "first.log", *words)
     first.wait_for_step(run, 1)
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 75, first.output()[-4000:]
@@ -52,9 +53,7 @@ def test_a_local_run_saves_when_signalled_and_goes_on(tmp_path: Path) -> None:
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step_{done:06d}" / "state.json").exists()
 
-    again = FapoProcess(
-        tmp_path / "again.log", "launch", "--executor", "local", "-c", str(config), f"training.steps={done + 1}"
-    )
+    again = FapoProcess(tmp_path / "again.log", *words, f"training.steps={done + 1}")
     assert again.wait() == 0, again.output()[-4000:]
     assert f"resumed from {run}" in again.output()
     assert read_metrics(run)[-1]["step"] == done + 1

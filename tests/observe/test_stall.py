@@ -234,12 +234,12 @@ def test_a_stopped_engine_of_a_real_run_is_named_and_all_steps_are_saved(tmp_pat
         "run_dir": str(tmp_path / "run"),
         "device": "cpu",
         "data": {"train": [str(tmp_path / "data" / "train.jsonl")], "max_prompt_tokens": 160},
-        "policy": {"model_path": str(tmp_path / "model"), "parallel": {"tensor": 2}},
+        "policy": {"model_path": str(tmp_path / "model"), "parallel": {"tensor": 1}},
         "rollout": {"samples_per_prompt": 4, "max_response_tokens": 24, "cpu_kv_cache_gb": 0.05},
         "genrm": {"enabled": False},
         "reward": {"overlong": {"enabled": False}, "verifier_processes": 1},
         "training": {"steps": 500, "prompts_per_step": 4, "evaluation": {"every_steps": 0}},
-        "observe": {"tensorboard": False, "stall_warning_s": 30, "stall_abort_s": 60},  # start-up is one wait
+        "observe": {"tensorboard": False, "stall_warning_s": 45, "stall_abort_s": 90},  # longer than a start
     }
     config = str(
         write_config(tmp_path / "run.yaml", values | {"training": values["training"] | {"prompts_per_mini_batch": 4}})

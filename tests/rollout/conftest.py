@@ -66,6 +66,7 @@ class Engine:
 @pytest.fixture(scope="package")
 def local_ray():
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is too few on a busy machine
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # no actor would use them
     import ray
 
     ray.init(

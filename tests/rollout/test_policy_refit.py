@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from megatron_fapo.config.root import Config
 from megatron_fapo.policy.batch import TrainSample
-from megatron_fapo.policy.group import PolicyGroup
+from megatron_fapo.policy.group import PolicyDiedError, PolicyGroup
 from megatron_fapo.training.cluster import Cluster, make_policy
 from tests.rollout.conftest import Engine, make_prompts, run
 
@@ -44,6 +44,7 @@ async def _train_and_refit(engine: Engine, policy: PolicyGroup, config: Config, 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("layout", [*LAYOUTS])
 def test_the_engine_holds_what_the_policy_exports(engine: Engine, tmp_path: Path, layout: str) -> None:
+    """And at last a rank fails: the others, which wait for it, are not waited for."""
     config = _config(engine, tmp_path, *LAYOUTS[layout])
     policy = make_policy(config, "cpu")
 
@@ -54,7 +55,10 @@ def test_the_engine_holds_what_the_policy_exports(engine: Engine, tmp_path: Path
             await engine.handle.export_weights.remote(str(tmp_path / "held.safetensors"))
             samples = [s async for s in engine.stream(make_prompts(6), n=2)]
             asked = [TrainSample(s.prompt.token_ids, s.token_ids) for s in samples]
-            return metrics, samples, await policy.logprobs(asked)
+            logprobs = await policy.logprobs(asked)
+            with pytest.raises(PolicyDiedError, match=r"(?s)outside the model.s vocabulary.*policy-\d\.log"):
+                await asyncio.wait_for(policy.logprobs([TrainSample((1, 2), (10**6,))]), 60)
+            return metrics, samples, logprobs
         finally:
             await policy.shutdown()
 
@@ -72,21 +76,3 @@ def test_the_engine_holds_what_the_policy_exports(engine: Engine, tmp_path: Path
     for sample, own in zip(samples, logprobs, strict=True):
         # Two implementations in float32: what is left is the order of sums.
         torch.testing.assert_close(torch.tensor(own), torch.tensor(sample.logprobs), rtol=0, atol=5e-5)
-
-
-def test_a_failing_rank_ends_the_wait_and_is_named(engine: Engine, tmp_path: Path) -> None:
-    from megatron_fapo.policy.group import PolicyDiedError
-
-    config = _config(engine, tmp_path, 2, 1)
-    policy = make_policy(config, "cpu")
-
-    async def scenario() -> None:
-        await policy.start(device="cpu", dtype="float32")
-        too_large = [TrainSample((1, 2), (10**6,))]
-        await asyncio.wait_for(policy.logprobs(too_large), 60)
-
-    try:
-        with pytest.raises(PolicyDiedError, match=r"(?s)outside the model.s vocabulary.*policy-\d\.log"):
-            run(scenario())
-    finally:
-        run(policy.shutdown())
