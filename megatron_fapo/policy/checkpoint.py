@@ -17,7 +17,6 @@ fills it.
 from __future__ import annotations
 
 import json
-import queue
 import random
 import threading
 import time
@@ -202,23 +201,9 @@ def load(worker: Any, directory: str | Path) -> None:
         _restore_random_state(loaded["random"])
 
 
-def metadata() -> dict[str, Any]:
-    """What mcore's sharded_state_dict wants to know."""
-    from megatron.core import parallel_state
-
-    return {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-
-
-def write_in_this_process() -> None:
-    """mcore starts a manager process for its asynchronous writer even when it writes synchronously; that process
-    would outlive the run. A plain queue is all that a synchronous save needs."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()
-
-
 def _sharded_weights(worker: Any) -> list[dict[str, Any]]:
-    return [chunk.sharded_state_dict(prefix=_WEIGHTS, metadata=metadata()) for chunk in worker.chunks]
+    metadata = {"dp_cp_group": worker.state.get_data_parallel_group(with_context_parallel=True)}
+    return [chunk.sharded_state_dict(prefix=_WEIGHTS, metadata=metadata) for chunk in worker.chunks]
 
 
 def _make_plan(worker: Any) -> Any:

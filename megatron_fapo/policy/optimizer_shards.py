@@ -168,9 +168,12 @@ def _shard(place: Any, name: str, flat: torch.Tensor, offset: Any, size: Any, co
     layers = place.prepend_axis_num  # axes, such as the layer's number, that the checkpoint's tensor has in front
     shape = (1,) * layers + size
     at = place.global_offset
+    if name == "param":
+        # Transformer Engine may keep only the bits that the bfloat16 weights lack: not to be taken for whole weights.
+        name = "param_remainder" if flat.dtype == torch.int16 else "fp32_param"
     return replace(
         place,
-        key=f"{PREFIX}{'fp32_param' if name == 'param' else name}.{place.key}",
+        key=f"{PREFIX}{name}.{place.key}",
         # A piece of a larger storage would be saved with all of it.
         data=(flat.to("cpu", copy=True) if copy else flat).view(shape),
         dtype=flat.dtype,
