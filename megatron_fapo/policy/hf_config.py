@@ -158,7 +158,9 @@ def read_model_shape(model_path: str | Path, max_positions: int | None = None) -
     scaling = dict(raw.get("rope_scaling") or {}) or rope
     kind = str(scaling.get("rope_type", scaling.get("type", "default")))
     is_qwen2 = architecture.startswith("Qwen2")
-    if problems := _rope_problems(kind, scaling) + _feature_problems(raw, bias=is_qwen2):
+    if problems := _rope_problems(kind, scaling, max_positions or raw["max_position_embeddings"]) + _feature_problems(
+        raw, bias=is_qwen2
+    ):
         raise UserError(f"{path}: not supported: {'; '.join(problems)}")
     return ModelShape(
         architecture=architecture,
@@ -199,7 +201,7 @@ def _rope_scaling(kind: str, scaling: dict[str, Any]) -> RopeScaling:
     )
 
 
-def _rope_problems(kind: str, settings: dict[str, Any]) -> list[str]:
+def _rope_problems(kind: str, settings: dict[str, Any], positions: int) -> list[str]:
     """What policy (mcore), engines (vLLM) and transformers would not all compute alike."""
     problems = []
     if kind not in ROPE_KINDS:
@@ -219,6 +221,11 @@ def _rope_problems(kind: str, settings: dict[str, Any]) -> list[str]:
             f"RoPE scaling yarn with {key} (transformers does not know it)" for key in _ONLY_VLLM if key in settings
         ]
         problems += _yarn_factor_problems(settings)
+        reach = (settings.get("original_max_position_embeddings") or 0) * (settings.get("factor") or 0)
+        if 0 < reach < positions:
+            problems.append(
+                f"RoPE scaling yarn to {reach:g} positions (vLLM has no more) with {positions} max_position_embeddings"
+            )
     return problems
 
 

@@ -25,11 +25,11 @@ ROPES: dict[str, dict[str, Any]] = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
     "yarn_exact": {
         "rope_type": "yarn",
         "factor": 3.5,
-        "original_max_position_embeddings": 100,
+        "original_max_position_embeddings": 150,
         "beta_fast": 24.0,
         "beta_slow": 2.0,
         "truncate": False,

@@ -101,6 +101,7 @@ def test_megatron_rotates_as_transformers_does(tmp_path: Path, rope: str) -> Non
         ({"rope_parameters": ROPES["yarn"] | {"attention_factor": 1.5}}, "vLLM fixes it at 1.13863"),
         ({"rope_parameters": ROPES["yarn"] | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "attention factor of 1 "),
         ({"rope_parameters": ROPES["yarn"] | {"attn_factor": 1.0}}, "attn_factor"),
+        ({"rope_parameters": ROPES["yarn"], "max_position_embeddings": 513}, "yarn to 512 positions"),
         ({"rope_parameters": ROPES["llama3"] | {"low_freq_factor": 2.0}}, "low_freq_factor"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"use_sliding_window": True}, "use_sliding_window"),
