@@ -17,7 +17,7 @@ from safetensors import safe_open
 from megatron_fapo.checksums import SUMS, format_sums, sum_file
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.errors import UserError
-from megatron_fapo.policy import checkpoint, convert, stored, verify
+from megatron_fapo.policy import checkpoint, convert, stored, streams, verify
 from megatron_fapo.policy.actor import copy_model_files
 from megatron_fapo.policy.hf_weights import HFCheckpoint
 from megatron_fapo.policy.parallel import Rank
@@ -232,7 +232,7 @@ def test_a_conversion_is_complete_or_absent(ranks: Ranks, models: dict[tuple[str
 
 
 def memory_job(rank: Rank, hf: Path, root: Path) -> tuple[int, int, list[str]]:
-    """Most tensors that were alive at once, of those that were cut and of those that were read."""
+    """Most tensors that were alive at once, of those that were written and of those that were read."""
     del rank
     alive: list[Any] = []
     most = [0, 0]
@@ -241,28 +241,26 @@ def memory_job(rank: Rank, hf: Path, root: Path) -> tuple[int, int, list[str]]:
         alive.extend(weakref.ref(tensor.untyped_storage()) for tensor in tensors)
         most[which] = max(most[which], sum(ref() is not None for ref in alive))
 
-    write, load = convert.write_megatron, stored.StoredWeights.load
+    resolve, load = streams._Planner.resolve_data, stored.StoredWeights.load
 
-    def counted_write(directory: Path, ranks: Any, cut: Any, *args: Any, **kwargs: Any) -> None:
-        def counted(parameter: Any) -> torch.Tensor:
-            tensor: torch.Tensor = cut(parameter)
-            count(0, [tensor])
-            return tensor
-
-        write(directory, ranks, counted, *args, **kwargs)
+    def counted_resolve(self: Any, item: Any) -> Any:
+        data = resolve(self, item)
+        if isinstance(data, torch.Tensor):
+            count(0, [data])
+        return data
 
     def counted_load(self: Any, parameters: Any) -> list[torch.Tensor]:
         tensors = load(self, parameters)
         count(1, tensors)
         return tensors
 
-    convert.write_megatron, stored.StoredWeights.load = counted_write, counted_load
+    streams._Planner.resolve_data, stored.StoredWeights.load = counted_resolve, counted_load
     stored._BATCH_BYTES, convert.SHARD_BYTES = 1, 400_000
     try:
         _to_megatron(hf, root / "m")
         convert.megatron_to_hf(root / "m", root / "h", verify=False)
     finally:
-        convert.write_megatron, stored.StoredWeights.load = write, load
+        streams._Planner.resolve_data, stored.StoredWeights.load = resolve, load
         stored._BATCH_BYTES, convert.SHARD_BYTES = 1_000_000_000, 5_000_000_000
     return (*most, sorted(path.name for path in (root / "h").glob("*.safetensors")))
 
@@ -271,8 +269,8 @@ def test_memory_holds_a_tensor_and_not_the_model(
     ranks: Ranks, models: dict[tuple[str, bool], Path], tmp_path: Path
 ) -> None:
     hf = models["qwen3", False]
-    ((cut, read, files),) = ranks.run(1, memory_job, hf, tmp_path)
-    assert cut <= 2
+    ((written, read, files),) = ranks.run(1, memory_job, hf, tmp_path)
+    assert written <= 2
     assert read <= 2
     # A view would be saved with all that it is a view of.
     converted = sum(path.stat().st_size for path in tmp_path.glob("m/release/*.distcp"))
