@@ -15,8 +15,9 @@ demo: setup
 windtunnel: setup
 	.venv/bin/fapo bench windtunnel --out runs/windtunnel $(ARGS)
 
+# Hundreds of processes would each compile the package anew, in shells where bytecode is not written.
 test: setup
-	.venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .

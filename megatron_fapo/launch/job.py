@@ -196,8 +196,8 @@ class Job:
         """Ray on all nodes, then the driver, until one of them ends."""
         head = self._head_address()
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        # Other nodes and the driver give the head's raylet 40 s to be known, fewer than it takes on a busy node.
-        self.env.setdefault("RAY_NUM_REDIS_GET_RETRIES", "60")
+        # Other nodes give the head's raylet 40 s to be known, and the driver 60 s: fewer than it takes on a busy node.
+        self.env = {"RAY_NUM_REDIS_GET_RETRIES": "60", "RAY_GCS_SERVER_REQUEST_TIMEOUT_SECONDS": "120"} | self.env
         roles, gpus = json.dumps(self.description["roles"]), self.description["gpus"]
         store = 0 if gpus else _CPU_STORE_MB  # nodes without GPUs may share one machine, and Ray takes 30 % of it each
         module = [self.python, "-m", "megatron_fapo.launch.ray_node", f"--head={head}", f"--roles={roles}"]
