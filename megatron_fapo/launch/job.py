@@ -197,7 +197,7 @@ class Job:
         head = self._head_address()
         self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         # Other nodes give the head's raylet 40 s to be known, and the driver 60 s: fewer than it takes on a busy node.
-        self.env = {"RAY_NUM_REDIS_GET_RETRIES": "60", "RAY_GCS_SERVER_REQUEST_TIMEOUT_SECONDS": "120"} | self.env
+        self.env = {"RAY_NUM_REDIS_GET_RETRIES": "60", "RAY_gcs_server_request_timeout_seconds": "120"} | self.env
         roles, gpus = json.dumps(self.description["roles"]), self.description["gpus"]
         store = 0 if gpus else _CPU_STORE_MB  # nodes without GPUs may share one machine, and Ray takes 30 % of it each
         module = [self.python, "-m", "megatron_fapo.launch.ray_node", f"--head={head}", f"--roles={roles}"]
