@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from megatron_fapo.policy.optimizer import optimizer_problem
 from megatron_fapo.policy.parallel import Rank
 from megatron_fapo.policy.worker import PolicyWorker
 from tests.policy.models import make_samples
-from tests.policy.ranks import Ranks, make_worker, packs_of, policy_config
+from tests.policy.ranks import Ranks, free_port, make_worker, packs_of, policy_config
 
 
 def _state(worker: PolicyWorker) -> dict[str, torch.Tensor]:
@@ -29,10 +31,8 @@ def _state(worker: PolicyWorker) -> dict[str, torch.Tensor]:
     return state
 
 
-def _steps(worker: PolicyWorker, updates: int, directory: Path | None = None) -> tuple[list[Any], dict[str, Any]]:
-    """Two steps of the loop with every phase in its order; log-probabilities, exported weights and losses of each."""
-    from megatron_fapo.policy import checkpoint
-
+def _steps(worker: PolicyWorker, updates: int) -> tuple[list[Any], dict[str, Any]]:
+    """Steps of the loop with every phase in its order; log-probabilities, results of updates and exported weights."""
     seen: list[Any] = []
     facts: dict[str, Any] = {}
     _, packs = packs_of(worker, make_samples())
@@ -46,17 +46,20 @@ def _steps(worker: PolicyWorker, updates: int, directory: Path | None = None) ->
                 seen.append(worker.logprobs(packs))
             if phase == "train":
                 seen.append(worker.train(packs))
-            if phase == "checkpoint" and directory is not None:
-                checkpoint.save(worker, directory / str(worker.memory.offload))
             if phase == "refit":
                 seen.append({name: tensor.clone() for name, tensor in worker.export()})
     return seen, facts
 
 
-def _offloaded_and_not(rank: Rank, cfg: PolicyConfig, dtype: str, updates: int) -> dict[str, Any]:
+def _make(rank: Rank, port: int, cfg: PolicyConfig, dtype: str, **changes: Any) -> PolicyWorker:
+    """Another worker in the same process, on a port of its own: a rank may still find the store of the one before."""
+    return make_worker(replace(rank, master_port=port), cfg.model_copy(update=changes), dtype=dtype)
+
+
+def _offloaded_and_not(rank: Rank, cfg: PolicyConfig, dtype: str, updates: int, ports: Sequence[int]) -> dict[str, Any]:
     workers = {}
-    for offload in (False, True):
-        worker = make_worker(rank, cfg.model_copy(update={"offload": offload}), dtype=dtype)
+    for offload, port in zip((False, True), ports, strict=True):
+        worker = _make(rank, port, cfg, dtype, offload=offload)
         owners = [p for chunk in worker.chunks for p in chunk.parameters()]
         seen, facts = _steps(worker, updates)
         loud = []
@@ -90,7 +93,7 @@ def test_training_that_is_offloaded_between_all_phases_is_bitwise_equal(
     ranks: Ranks, qwen3: str, dtype: str, layout: dict[str, int], optimizer: dict[str, float]
 ) -> None:
     cfg = policy_config(qwen3, layout, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, **optimizer))
-    for result in ranks.run(2, _offloaded_and_not, cfg, dtype, 2):
+    for result in ranks.run(2, _offloaded_and_not, cfg, dtype, 2, [free_port(), free_port()]):
         plain, offloaded = result[False], result[True]
         assert plain["state"].keys() == offloaded["state"].keys()
         for name, value in plain["state"].items():
@@ -115,13 +118,15 @@ def test_training_that_is_offloaded_between_all_phases_is_bitwise_equal(
         assert ledger.pinned < 1.1 * (before.parameters + before.optimizer)
 
 
-def _against_plain(rank: Rank, cfg: PolicyConfig, fractions: list[float], dtype: str, root: Path) -> dict[str, Any]:
+def _against_plain(
+    rank: Rank, cfg: PolicyConfig, fractions: list[float], dtype: str, root: Path, ports: Sequence[int]
+) -> dict[str, Any]:
     from megatron_fapo.policy import checkpoint
 
     results: dict[Any, Any] = {}
-    for fraction in fractions:
+    for i, fraction in enumerate(fractions):
         optimizer = cfg.optimizer.model_copy(update={"offload_fraction": fraction})
-        worker = make_worker(rank, cfg.model_copy(update={"optimizer": optimizer}), dtype=dtype)
+        worker = _make(rank, ports[2 * i], cfg, dtype, optimizer=optimizer)
         _, packs = packs_of(worker, make_samples())
         norms = []
         for update in range(3):
@@ -133,7 +138,7 @@ def _against_plain(rank: Rank, cfg: PolicyConfig, fractions: list[float], dtype:
         weights = {n: p.detach().float().clone() for n, p in worker.chunks[0].named_parameters()}
         worker.close()
         # Resumed from the second update, it makes the same third.
-        worker = make_worker(rank, cfg.model_copy(update={"optimizer": optimizer}), dtype=dtype)
+        worker = _make(rank, ports[2 * i + 1], cfg, dtype, optimizer=optimizer)
         checkpoint.load(worker, root / f"{fraction}")
         resumed_norm = worker.train(packs).grad_norm
         resumed = {n: p.detach().float().clone() for n, p in worker.chunks[0].named_parameters()}
@@ -144,7 +149,8 @@ def _against_plain(rank: Rank, cfg: PolicyConfig, fractions: list[float], dtype:
 
 def test_an_optimizer_that_steps_on_the_host_makes_the_same_updates(ranks: Ranks, qwen3: str, tmp_path: Path) -> None:
     cfg = policy_config(qwen3, {"data": 2})
-    for result in ranks.run(2, _against_plain, cfg, [0.0, 0.5, 1.0], "bfloat16", tmp_path):
+    ports = [free_port() for _ in range(6)]
+    for result in ranks.run(2, _against_plain, cfg, [0.0, 0.5, 1.0], "bfloat16", tmp_path, ports):
         norms, weights, halves, resumed_norm, resumed = result[0.0]
         assert halves == [False, False]
         for fraction, expected in ((0.5, [True, True]), (1.0, [True, False])):
