@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 import threading
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def _whole(ranks: list[Any]) -> Whole:
 
 
 def _random_digest() -> str:
-    return hashlib.sha256(repr(checkpoint._random_state()).encode()).hexdigest()
+    state = checkpoint._random_state()
+    parts = [state["torch"].numpy().tobytes(), state["numpy"][1].tobytes(), repr(state["python"]).encode()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def job(rank: Rank, cfg: PolicyConfig, load: str | None, save: str | None, steps: int) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def job(rank: Rank, cfg: PolicyConfig, load: str | None, save: str | None, steps
     loaded, drawn = _pieces(worker), _random_digest()
     _, packs = packs_of(worker, make_samples())
     results = [worker.train(packs) for _ in range(steps)]
-    torch.rand(rank.rank + 1)
+    torch.rand(rank.rank + 1), np.random.rand(), random.random()  # the ranks' generators go their own ways
     files = checkpoint.save(worker, save) if save else {}
     found = {
         "norms": [r.grad_norm for r in results],
