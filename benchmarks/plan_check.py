@@ -41,7 +41,7 @@ from megatron_fapo.policy.worker import PolicyWorker
 
 PROMPT, _PACKS = 64, 4
 """Tokens of a prompt; micro-batches of an update."""
-ONE_RANK = ParallelConfig()
+ONE_RANK, OPTIMIZER = ParallelConfig(), OptimizerConfig(warmup_steps=0)
 TINY = {"architecture": "Qwen3", "layers": 4, "hidden": 128, "ffn": 256, "heads": 4, "kv": 2, "dim": 32, "vocab": 515}
 TINY |= {"tied": True}
 GPU_MODELS: dict[str, dict[str, Any]] = {
@@ -55,6 +55,7 @@ GPU_MODELS: dict[str, dict[str, Any]] = {
 CPU_MODELS: dict[str, dict[str, Any]] = {
     "tiny Qwen3": TINY,
     "tiny Qwen2": TINY | {"architecture": "Qwen2", "tied": False},
+    "tiny Qwen3Moe": TINY | {"architecture": "Qwen3Moe", "experts": (4, 2, 64)},
     "36M Qwen3": TINY | {"layers": 6, "hidden": 384, "ffn": 1024, "heads": 6, "dim": 64, "vocab": 32000},
 }  # fmt: skip
 # Model -> (recompute, micro_batch_tokens, tokens of a sample).
@@ -66,6 +67,7 @@ GPU_CASES = {
 CPU_CASES = {
     "tiny Qwen3": (("none", 512, 128), ("selective", 512, 128), ("full", 512, 128)),
     "tiny Qwen2": (("none", 512, 128), ("full", 512, 256)),
+    "tiny Qwen3Moe": (("none", 512, 128), ("full", 512, 128)),
     "36M Qwen3": (("none", 512, 128), ("selective", 512, 256), ("full", 512, 128)),
 }
 
@@ -79,6 +81,9 @@ def write_config(directory: Path, model: dict[str, Any]) -> Path:
         "vocab_size": model["vocab"], "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
         "tie_word_embeddings": model["tied"],
     }  # fmt: skip
+    if "experts" in model:
+        names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        raw |= dict(zip(names, model["experts"], strict=True))
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw))
     return directory
@@ -156,13 +161,13 @@ def state_bytes(worker: PolicyWorker) -> dict[str, int]:
 
 def check(
     rank: Rank, name: str, model: dict[str, Any], case: tuple[str, int, int], device: str, path: Path,
-    parallel: ParallelConfig = ONE_RANK,
+    parallel: ParallelConfig = ONE_RANK, optimizer: OptimizerConfig = OPTIMIZER,
 ) -> dict[str, Any]:  # fmt: skip
     """One model in one setting: predicted and real bytes of this rank, seconds and MFU of an update."""
     recompute, tokens, length = case
     cfg = PolicyConfig(
         model_path=str(write_config(path / name.replace(" ", "-"), model)), recompute=recompute, parallel=parallel,
-        micro_batch_tokens=tokens, logprob_micro_batch_tokens=tokens, optimizer=OptimizerConfig(warmup_steps=0),
+        micro_batch_tokens=tokens, logprob_micro_batch_tokens=tokens, optimizer=optimizer,
     )  # fmt: skip
     peak = gpu_peak if device == "gpu" else cpu_peak
     logging.getLogger("megatron").setLevel(logging.ERROR)

@@ -159,6 +159,7 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, pack: Pack, element
     else:  # a norm's input, scaled input and output; QKV as one, rotated q and k, context before and after packing
         attention = 3 * h + 1 + 4 * q + 3 * kv + heads * 4 / e
         attention += 4 * d  # sines and cosines, for q and for k
+        attention += 2 * kv * parallel.context if parallel.context > 1 else 0  # of all context ranks
         attention += (2 * q + 2 * kv + heads + kv_heads) if shape.qk_norm else 0
         mlp = 3 * h + 1 + 5 * f  # gate and up as one, silu, up, their product
         core = q + heads * 4 / e
@@ -183,7 +184,7 @@ def _head(shape: ModelShape, cfg: PolicyConfig, pack: Pack, element: int, fused:
     gradients = states * h * (element + 4) + rows * h * element
     # Logits, and on CPUs log-probabilities, probabilities, and which column is the target: then the gradient.
     softmax = int((1 + element / 4 if fused else 4.25) * block)
-    product = block * element // 4 + 4 * states * h + width * h * element
+    product = block * element // 4 + 4 * states * h
     end = pack.tokens * h * element + states * h * element
     return gathered + max(forward - gathered, gradients + max(softmax, product, end))
 
@@ -224,15 +225,19 @@ def logprob_working(shape: ModelShape, cfg: PolicyConfig, stage: int, pack: Pack
     """Likewise for the forward-only pass, which keeps nothing from layer to layer."""
     t, n, moe = cfg.parallel.tensor, pack.tokens, shape.experts
     q, kv = shape.heads * shape.head_dim // t, shape.kv_heads * shape.head_dim // t
-    f = moe.per_token * (moe.ffn + shape.hidden) // t if moe else shape.ffn // t
-    attention = element * n * (3 * shape.hidden + (2 * (q + 2 * kv) if fused else 5 * q + 5 * kv))
-    mlp = element * n * (2 * shape.hidden + (3 if fused else 5) * f)
+    attention = 2 * (q + 2 * kv) if fused else 5 * q + (3 + shape.qk_norm) * kv
+    mlp = (3 if fused else 5) * shape.ffn // t + (0 if fused else shape.hidden)
+    if moe:  # all experts at once, or one after the other between copies of the tokens
+        copies = moe.per_token * shape.hidden // t
+        mlp = copies + 3 * moe.per_token * moe.ffn // t if fused else 3 * (shape.hidden + copies)
+        mlp += 0 if fused else 5 * moe.per_token * moe.ffn // moe.count // t
+    body = element * n * (3 * shape.hidden + max(attention, mlp))
     last = stage == cfg.parallel.pipeline - 1
     head = _head(shape, cfg, pack, element, fused, train=False) if last else 0
     hidden = 3 * n * shape.hidden * element  # the embeddings, the last layer's output, the norm's
-    if head + hidden >= max(attention, mlp):
+    if head + hidden >= body:
         return {"activations": hidden, "logits": head}
-    return {"activations": max(attention, mlp), "logits": 0}
+    return {"activations": body, "logits": 0}
 
 
 def refit_working(shape: ModelShape, parallel: ParallelConfig, element: int, bucket_mb: int, transport: str) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import pytest
 
 from megatron_fapo.config.load import load_config
 from megatron_fapo.errors import UserError
 from megatron_fapo.plan.command import overrides
-from megatron_fapo.plan.layouts import PHASES, _splits, alternatives
-from megatron_fapo.plan.work import PolicyWork, head_flops, layer_flops, train_flops
-from megatron_fapo.policy.hf_config import layout_problems
+from megatron_fapo.plan.layouts import PHASES, _splits, alternatives, changed
+from megatron_fapo.plan.simulate import SimSample
+from megatron_fapo.plan.work import PolicyWork
+from megatron_fapo.policy.flops import head_flops, layer_flops, train_flops
+from megatron_fapo.policy.hf_config import Experts, layout_problems
 from tests.plan.conftest import ROOT, make_planner
 
 SMALL = ("training.prompts_per_step=64", "training.prompts_per_mini_batch=16")
@@ -27,7 +32,7 @@ def test_flops_by_hand() -> None:
     weights = 3584 * (2 * 3584 + 2 * 512) + 3 * 3584 * 18944
     assert layer_flops(shape, 10, 100) == 10 * 28 * (2 * weights + 2 * 100 * 3584)
     assert head_flops(shape, 10) == 2 * 10 * 3584 * 152064
-    per_token = train_flops(shape, [1]) / 6
+    per_token = train_flops(shape, [1], 1) / 6
     assert per_token == pytest.approx(shape.parameters - 152064 * 3584, rel=1e-3)  # 6 N without the embedding's look-up
 
 
@@ -50,7 +55,7 @@ def test_alternatives_are_legal_and_in_order(file: str, cluster: str) -> None:
 def test_the_fastest_as_overrides_is_the_same_plan() -> None:
     planner = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL)
     best, step = alternatives(planner)[0]
-    again = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL, *overrides(best))
+    again = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL, *overrides(best, planner.config))
     assert again.config == best.config
     assert again.step(again.drawn()).phases == step.phases
 
@@ -78,12 +83,58 @@ def test_what_does_not_fit_is_said() -> None:
     assert any("do not divide by policy.parallel.pipeline=3" in problem for problem in problems)
 
 
-def test_padding_and_uneven_ranks_cost_time() -> None:
+def work_of(*overrides: str) -> PolicyWork:
+    planner = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL, *overrides)
+    assert not layout_problems(planner.shape, planner.config.policy.parallel)
+    return planner.work
+
+
+def samples(*lengths: int) -> list[SimSample]:
+    return [SimSample(64, length - 64) for length in lengths]
+
+
+def test_prompts_and_equal_lengths_cost_less() -> None:
+    work = work_of()
+    even, uneven = work.times(samples(*[1088] * 512)), work.times(samples(*[128] * 256, *[2048] * 256))
+    assert uneven.train_s > even.train_s  # attention
+    assert 0 < even.mfu < work.rates.train_mfu
+    prompts = work.times([SimSample(1024, 64)] * 512)
+    assert prompts.train_s < even.train_s  # no output layer
+
+
+def test_layouts_cost_what_they_make_wait() -> None:
+    lengths = samples(*random.Random(1).choices(range(200, 4000), k=128))
+    one, ranks = ("policy.parallel.data=1",), ("policy.parallel.tensor=1", "policy.parallel.sequence_parallel=false")
+    stages = work_of(*one, "policy.parallel.pipeline=2").times(lengths).train_s
+    chunks = work_of(*one, "policy.parallel.pipeline=2", "policy.parallel.virtual_pipeline=2").times(lengths).train_s
+    assert chunks < stages < work_of(*one).times(lengths).train_s
+    tensor = work_of(*one).times(lengths).train_s
+    context = work_of(*one, *ranks, "policy.parallel.context=4").times(lengths).train_s
+    assert context < tensor  # keys and values of four heads are less than all hidden states
+
+
+def test_ranks_that_share_experts_wait_at_every_micro_batch() -> None:
     planner = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL)
-    work = PolicyWork(planner.config, planner.shape, planner.hardware, 2)
-    even, uneven = work.times([1024] * 512), work.times([64] * 256 + [1984] * 256)
-    assert uneven.train_s > even.train_s
-    assert 0 < even.mfu < planner.hardware.rates.train_mfu
+    shape = dataclasses.replace(planner.shape, experts=Experts(8, 2, 9472, True))
+    lengths, seconds = samples(20000, *[300] * 127), []
+    for expert in (4, 8):  # within the tensor group, and over both data ranks
+        parallel = planner.config.policy.parallel.model_copy(update={"expert": expert})
+        config = changed(planner.config, policy={"parallel": parallel, "micro_batch_tokens": 4096})
+        assert not layout_problems(shape, parallel)
+        work = PolicyWork(config, shape, planner.hardware, 2)
+        seconds.append(work.times(lengths).train_s - work.update_s())
+    assert seconds[1] > 1.1 * seconds[0]
+
+
+def test_colocated_engines_share_the_policy_s_cards() -> None:
+    args = ("fapo_7b.yaml", "4x8xH100", "cluster.rollout_nodes=0", "rollout.colocated=true", "policy.offload=true")
+    planner = make_planner(*args)
+    assert planner.problems() == []
+    assert planner.gpus == {"train": 8, "rollout": 0, "genrm": 16}
+    assert planner.engine_nodes == 0
+    # Whatever does not leave is there beside the engine.
+    held = make_planner(*args[:-1], "rollout.gpu_memory_utilization=0.8").problems()
+    assert any("with colocated engines rollout takes" in problem for problem in held)
 
 
 def test_examples_load_without_their_models() -> None:
@@ -94,5 +145,8 @@ def test_examples_load_without_their_models() -> None:
 def test_the_slowest_data_rank_sets_the_time() -> None:
     planner = make_planner("fapo_7b.yaml", "4x8xH100", *SMALL, "policy.micro_batch_tokens=1000")
     work = PolicyWork(planner.config, planner.shape, planner.hardware, 2)
-    two, five = work.times([1000] * 2), work.times([1000] * 5)  # two data ranks: one sample each, then three and two
+    two, five = (
+        work.times(samples(*[1000] * 2)),
+        work.times(samples(*[1000] * 5)),
+    )  # two data ranks: one sample each, then three and two
     assert five.train_s - work.update_s() == pytest.approx(3 * (two.train_s - work.update_s()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,58 +10,72 @@ from typing import Any
 import pytest
 
 from benchmarks.plan_check import CPU_MODELS, check
-from megatron_fapo.config.policy import ParallelConfig, PolicyConfig
+from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
 from megatron_fapo.plan import memory
 from megatron_fapo.plan.shapes import BUILT_IN
-from megatron_fapo.policy.worker import Rank
+from megatron_fapo.policy.hf_config import Experts
+from megatron_fapo.policy.parallel import Rank
 from tests.plan.conftest import make_planner
 from tests.policy.ranks import Ranks
 
-TINY, MIDDLE = "tiny Qwen3", "36M Qwen3"
+TINY, MIDDLE, SPARSE = "tiny Qwen3", "36M Qwen3", "tiny Qwen3Moe"
+NONE = ("none", 512, 128)
 
 
-def check_job(rank: Rank, name: str, case: tuple[str, int, int], path: Path, layout: tuple[int, ...], sp: bool) -> Any:
-    parallel = ParallelConfig(tensor=layout[0], pipeline=layout[1], data=layout[2], sequence_parallel=sp)
-    return check(rank, name, CPU_MODELS[name], case, "cpu", path, parallel)
+def check_job(rank: Rank, name: str, case: tuple[str, int, int], path: Path, layout: dict[str, Any]) -> Any:
+    return check(rank, name, CPU_MODELS[name], case, "cpu", path, ParallelConfig(**layout))
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "layout", "sp"),
+    ("name", "case", "layout"),
     [
-        (TINY, ("none", 512, 128), (1, 1, 1), False),
-        (TINY, ("selective", 512, 128), (1, 1, 1), False),
-        (TINY, ("full", 512, 128), (1, 1, 1), False),
-        ("tiny Qwen2", ("none", 512, 128), (1, 1, 1), False),
-        (MIDDLE, ("none", 512, 128), (1, 1, 1), False),
-        (MIDDLE, ("full", 512, 256), (1, 1, 1), False),
-        (MIDDLE, ("selective", 512, 128), (2, 1, 1), False),
-        (MIDDLE, ("none", 512, 128), (2, 1, 1), True),
-        (MIDDLE, ("none", 512, 128), (1, 2, 1), False),
-        (TINY, ("none", 512, 128), (1, 1, 2), False),
+        (TINY, NONE, {}),
+        (TINY, ("selective", 512, 128), {}),
+        (TINY, ("full", 512, 128), {}),
+        ("tiny Qwen2", NONE, {}),
+        (SPARSE, NONE, {}),
+        (MIDDLE, NONE, {}),
+        (MIDDLE, ("selective", 512, 128), {"tensor": 2, "sequence_parallel": True}),
+        (TINY, NONE, {"pipeline": 2}),
+        (TINY, NONE, {"pipeline": 2, "virtual_pipeline": 2}),
+        (TINY, NONE, {"context": 2}),
+        (TINY, NONE, {"data": 2}),
     ],
 )
 def test_allocations_are_within_five_percent(
-    ranks: Ranks, tmp_path: Path, name: str, case: Any, layout: tuple[int, int, int], sp: bool
+    ranks: Ranks, tmp_path: Path, name: str, case: Any, layout: dict[str, Any]
 ) -> None:
-    world = layout[0] * layout[1] * layout[2]
-    for row in ranks.run(world, check_job, name, case, tmp_path, layout, sp):
+    world = ParallelConfig(**layout).world_size
+    for row in ranks.run(world, check_job, name, case, tmp_path, layout):
         predicted, real = row["state"]["predicted"], row["state"]["real"]
         for part in ("weights", "gradients"):
             assert predicted[part] == real[part]
         assert real["optimizer"] <= predicted["optimizer"] <= 1.01 * real["optimizer"]
         assert abs(row["train"]["error"]) < 0.05, row["train"]
         # gloo's threads let go of tensors when they get to it, which differs from run to run.
-        assert abs(row["logprobs"]["error"]) < (0.05 if layout[0] == 1 else 0.1), row["logprobs"]
+        assert abs(row["logprobs"]["error"]) < (0.05 if world == 1 else 0.1), row["logprobs"]
+
+
+MOE = dataclasses.replace(BUILT_IN["Qwen3-4B"], experts=Experts(count=8, per_token=2, ffn=512, normalised=True))
 
 
 def test_every_parameter_is_on_the_ranks_once() -> None:
-    for name, shape in BUILT_IN.items():
-        for tensor, pipeline in product((1, 2), (1, 2)):
-            parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
-            held = sum(sum(memory.tensor_sizes(shape, parallel, stage)) for stage in range(pipeline))
-            norms = shape.layers * (2 * shape.hidden + 2 * shape.head_dim * shape.qk_norm) + shape.hidden
+    for name, shape in (BUILT_IN | {"mixture": MOE}).items():
+        for tensor, pipeline, virtual, expert in product((1, 2), (1, 2), (1, 2), (1, 2)):
+            if virtual > pipeline or (expert > 1 and not shape.experts):
+                continue
+            parallel = ParallelConfig(
+                tensor=tensor, pipeline=pipeline, virtual_pipeline=virtual, expert=expert, data=expert
+            )
+            sizes = [
+                memory.tensor_sizes(shape, parallel, stage, chunk)
+                for stage, chunk in product(range(pipeline), range(virtual))
+            ]
+            dense, experts = (sum(sum(each[part]) for each in sizes) for part in (0, 1))
+            router = shape.layers * shape.experts.count * shape.hidden if shape.experts else 0
+            norms = shape.layers * (2 * shape.hidden + 2 * shape.head_dim * shape.qk_norm) + shape.hidden + router
             second = shape.vocab * shape.hidden if shape.tied and pipeline > 1 else 0  # the last stage has its own
-            assert tensor * (held - norms) + norms == shape.parameters + second, name
+            assert tensor * (dense - norms) + norms + expert * experts == shape.parameters + second, name
 
 
 def test_buffers_by_hand() -> None:
@@ -71,15 +86,40 @@ def test_buffers_by_hand() -> None:
 
 def test_state_of_a_layout_by_hand() -> None:
     # 7.615616512e9 parameters, bfloat16: weights 2, gradients 4, and 12 for this data rank's half.
-    parts = memory.rank_state(BUILT_IN["Qwen2.5-7B"], ParallelConfig(data=2), 0, 2)
-    assert [round(size / 7.615616512e9, 3) for size in parts.values()] == [2.0, 4.0, 6.0]
+    def state(**optimizer: Any) -> list[float]:
+        cfg = PolicyConfig(parallel=ParallelConfig(data=2), optimizer=OptimizerConfig(**optimizer))
+        parts = memory.rank_state(BUILT_IN["Qwen2.5-7B"], cfg, 0, 2)
+        return [round(size / 7.615616512e9, 3) for size in parts.values()]
+
+    assert state() == [2.0, 4.0, 6.0]
+    assert state(moments_dtype="bfloat16", main_dtype="float16") == [2.0, 4.0, 3.0]
+    assert state(offload_fraction=0.75) == [2.0, 4.0, 1.5]
+
+
+def test_context_ranks_share_optimizer_state_and_expert_ranks_do_not() -> None:
+    state = [
+        memory.stage_elements(MOE, ParallelConfig(**layout), 0)
+        for layout in ({"data": 4}, {"context": 2, "data": 2}, {"data": 4, "expert": 4})
+    ]
+    assert state[0] == state[1]
+    experts = sum(memory.tensor_sizes(MOE, ParallelConfig(), 0)[1])
+    assert state[0][0] - state[2][0] == experts * 3 // 4  # a quarter of the experts on each rank ...
+    assert state[2][1] == state[0][1]  # ... whose state nobody shares, as before each had a quarter of all
+
+
+def test_offloading_leaves_what_a_phase_needs() -> None:
+    args = ("fapo_7b.yaml", "4x8xH100", "cluster.rollout_nodes=0", "rollout.colocated=true")
+    kept, moved = make_planner(*args), make_planner(*args, "policy.offload=true")
+    assert moved.policy.phases["train"] == kept.policy.phases["train"]
+    assert set(moved.policy.phases["rollout"]) == {"context"}
+    assert {"gradients", "optimizer"}.isdisjoint(moved.policy.phases["logprobs"])
+    assert kept.host_bytes()["offload"] == 0 < moved.host_bytes()["offload"]
 
 
 def test_activations_of_a_layer_by_hand() -> None:
     # Qwen2.5-7B with flash attention: norms 4 x 3584, q and context 2 x 3584, k and v 2 x 512, FFN 3 x 18944, 2 bytes
     # each; statistics of two norms and 28 heads, 4 bytes each.
-    batch = memory.MicroBatch(1000, 1)
-    layer = memory.layer_bytes(BUILT_IN["Qwen2.5-7B"], ParallelConfig(), batch, 2, True)
+    layer = memory.layer_bytes(BUILT_IN["Qwen2.5-7B"], ParallelConfig(), memory.Pack(1000, 1000), 2, True)
     assert layer.kept("none") == 1000 * (2 * (4 * 3584 + 2 * 3584 + 2 * 512 + 3 * 18944) + 4 * 30)
     assert layer.kept("full") == 1000 * 2 * 3584
 
@@ -99,13 +139,23 @@ def test_more_of_anything_never_takes_less() -> None:
 
 
 def test_stages_of_a_pipeline_hold_their_micro_batches() -> None:
-    assert [memory.in_flight(4, stage, 8) for stage in range(4)] == [4, 3, 2, 1]
-    assert memory.in_flight(4, 0, 2) == 2
-    shape, batch = BUILT_IN["Qwen2.5-7B"], memory.MicroBatch(1024, 2)
-    cfg = PolicyConfig(parallel=ParallelConfig(pipeline=4))
-    first, last = (memory.train_working(shape, cfg, stage, batch, 2000, 8, 2, True) for stage in (0, 3))
+    four = ParallelConfig(pipeline=4)
+    assert [memory.layers_in_flight(7, four, stage, 8) for stage in range(4)] == [28, 21, 14, 7]
+    assert memory.layers_in_flight(7, four, 0, 2) == 14
+    # Interleaved, two chunks of four layers: 2 x 3 + 4 + 1 chunks ahead on the first stage, 4 + 1 on the last.
+    interleaved = ParallelConfig(pipeline=4, virtual_pipeline=2)
+    assert [memory.layers_in_flight(8, interleaved, stage, 8) for stage in (0, 3)] == [44, 20]
+    shape, pack = BUILT_IN["Qwen2.5-7B"], memory.Pack(2048, 2000)
+    cfg = PolicyConfig(parallel=four)
+    first, last = (memory.train_working(shape, cfg, stage, pack, 8, 2, True) for stage in (0, 3))
     assert first["activations"] > 3 * last["activations"]
     assert first["logits"] == 0 < last["logits"]
+
+
+def test_logits_of_a_long_pack_do_not_exist() -> None:
+    shape, cfg = BUILT_IN["Qwen2.5-7B"], PolicyConfig(recompute="full")
+    logits = 2 * 20480 * shape.vocab
+    assert memory.train_working(shape, cfg, 0, memory.Pack(20480, 20480), 4, 2, True)["logits"] < logits / 2
 
 
 def test_more_memory_never_holds_fewer_sequences() -> None:
