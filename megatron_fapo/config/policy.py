@@ -100,7 +100,7 @@ class PolicyConfig(Section):
     fp8_recipe: str = Field("blockwise", pattern="^(delayed|tensorwise|blockwise|mxfp8)$")
     """How FP8 scales are chosen; mxfp8 needs Blackwell."""
     offload: bool = False
-    """Keep weights, gradients and optimizer state in host memory while a phase does not need them on the GPU, which
-    colocated engines then use (rollout.colocated)."""
+    """Keep weights, gradients and optimizer state in host memory while a phase does not need them on the GPU. Together
+    with rollout.colocated: engines use the room."""
     megatron: dict[str, Any] = {}
     """Passed through to megatron-core's TransformerConfig, after everything derived from the model and this section."""

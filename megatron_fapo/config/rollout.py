@@ -30,7 +30,7 @@ class RolloutConfig(Section):
     """For training rollouts. A top_p or top_k that truncates makes behaviour and policy distributions differ."""
     colocated: bool = False
     """Engines on the policy's own GPUs, in its ranks' order: they sleep while the policy works, without weights and KV
-    cache, and a refit wakes them. With policy.offload the policy makes room in turn. vLLM on CPUs keeps its memory."""
+    cache, and a refit wakes them. Together with policy.offload. On CPUs vLLM keeps its memory."""
     gpu_memory_utilization: float = Field(0.5, gt=0, lt=1)
     """Share of each GPU's memory that an engine may take, while it is awake (GPU only)."""
     cpu_kv_cache_gb: float = Field(0.25, gt=0)

@@ -133,8 +133,8 @@ RULES = (
     ),
     Rule(
         ("policy.offload", "rollout.colocated"),
-        lambda c: c.policy.offload and not c.rollout.colocated,
-        "nobody would use the room that the policy makes: set rollout.colocated, or offload to false",
+        lambda c: c.policy.offload != c.rollout.colocated,
+        "policy and engines make room for each other, and neither alone: set both or neither",
     ),
     Rule(
         ("rollout.colocated", "rollout.replicas", "rollout.tensor_parallel", "policy.parallel"),

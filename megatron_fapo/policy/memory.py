@@ -121,7 +121,8 @@ class PolicyMemory:
         metrics = {f"{phase}/{name}": value for name, value in values.items() if name != "peak_gib"}
         metrics[f"{phase}/move_s"] = moved_s
         if before.peak is not None:
-            metrics[f"{self._phase or 'start'}/peak_gib"] = before.peak / _GIB
+            if self._phase is not None:
+                metrics[f"{self._phase}/peak_gib"] = before.peak / _GIB
             torch.cuda.reset_peak_memory_stats()
         self._phase = phase
         return metrics
@@ -191,6 +192,7 @@ class PolicyMemory:
         """A place in host memory for each storage of the part: the same memory at every call."""
         places = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
         if part not in self._host or self._host[part].nbytes != sum(places):
+            self._host.pop(part, None)  # before the next is taken: there may not be room for both
             self._host[part] = _host_memory(sum(places), pinned=self._device == "cuda")
         whole = self._host[part].split(places)
         return (place[:size] for place, size in zip(whole, sizes, strict=True))

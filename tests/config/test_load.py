@@ -151,6 +151,9 @@ def test_broken_yaml_names_its_line_and_duplicate_keys_are_refused(tmp_path):
     assert found[2].startswith(f"{a_list}:1: expected a map")
 
 
+TURNS = ["rollout.colocated=true", "policy.offload=true"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "fields"),
     [
@@ -167,7 +170,8 @@ def test_broken_yaml_names_its_line_and_duplicate_keys_are_refused(tmp_path):
         (["reward.rho_shift=1", "reward.flawed_penalty=0.5"], "reward.rho_shift"),
         (["data.question_key=question"], "data.answer_key"),
         (["policy.offload=true"], "rollout.colocated"),
-        (["rollout.colocated=true", "cluster.train_nodes=1", "cluster.rollout_nodes=1"], "cluster.rollout_nodes"),
+        (["rollout.colocated=true"], "policy.offload"),
+        ([*TURNS, "cluster.train_nodes=1", "cluster.rollout_nodes=1"], "cluster.rollout_nodes"),
         (["policy.optimizer.offload_fraction=1", "policy.optimizer.moments_dtype=fp8"], "moments_dtype"),
         (["policy.optimizer.main_dtype=float16", "policy.dtype=float32"], "policy.dtype"),
     ],
@@ -195,8 +199,8 @@ NO_GENRM = "genrm.enabled=false"
         (["genrm.rendezvous=judges.json"], "genrm.model_path", {"train", "evaluate"}),
         (["genrm.rendezvous=judges.json", "genrm.model_path=x"], "", set()),
         (["reward.compute_score=a:b"], "", set()),
-        ([NO_GENRM, "rollout.colocated=true", "rollout.tensor_parallel=2"], "rollout.tensor_parallel", {"train"}),
-        ([NO_GENRM, "rollout.colocated=true", "policy.offload=true"], "", set()),
+        ([NO_GENRM, *TURNS, "rollout.tensor_parallel=2"], "rollout.tensor_parallel", {"train"}),
+        ([NO_GENRM, *TURNS], "", set()),
     ],
 )
 def test_rules_of_one_use_do_not_trouble_another(overrides, fields, purposes):
