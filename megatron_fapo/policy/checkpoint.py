@@ -181,6 +181,7 @@ def load(worker: Any, directory: str | Path) -> None:
     directory = Path(directory)
     if not (directory / "metadata.json").is_file():
         raise UserError(f"{directory} is not a policy checkpoint: it has no metadata.json")
+    worker.memory.require("checkpoint")
     common = load_common_state_dict(directory)
     weights, parts = _sharded_weights(worker), optimizer_parts(worker.optimizer)
     for part in parts:

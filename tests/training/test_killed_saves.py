@@ -16,17 +16,8 @@ KILLS = 50
 
 def test_what_is_left_by_kills_in_the_middle_of_saves_is_resumed(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "tests.training.killed_saves",
-        tmp_path / "run",
-        model,
-        str(KILLS),
-        "7",
-    ]
+    arguments = [str(tmp_path / "run"), model, str(KILLS), "7"]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.training.killed_saves", *arguments]
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
