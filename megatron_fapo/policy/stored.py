@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 """Ending of what was not completed."""
 RELEASE = "release"
 """Megatron-LM's name for weights that no training of its own has saved."""
-_BATCH_BYTES = 1_000_000_000
+_BATCH_BYTES = 500_000_000
 """Parameters are read in batches of so many bytes, because each read begins with the checkpoint's index."""
 
 

@@ -261,7 +261,7 @@ def memory_job(rank: Rank, hf: Path, root: Path) -> tuple[int, int, list[str]]:
         convert.megatron_to_hf(root / "m", root / "h", verify=False)
     finally:
         streams._Planner.resolve_data, stored.StoredWeights.load = resolve, load
-        stored._BATCH_BYTES, convert.SHARD_BYTES = 1_000_000_000, 5_000_000_000
+        stored._BATCH_BYTES, convert.SHARD_BYTES = 500_000_000, 5_000_000_000
     return (*most, sorted(path.name for path in (root / "h").glob("*.safetensors")))
 
 
