@@ -20,14 +20,14 @@ from tests.policy.ranks import Ranks, free_port, make_worker, packs_of, policy_c
 
 
 def _state(worker: PolicyWorker) -> dict[str, torch.Tensor]:
-    """Copies of all weights, and of all that the optimizer keeps."""
-    state = {f"{i}.{n}": p.detach().clone() for i, c in enumerate(worker.chunks) for n, p in c.named_parameters()}
+    """All weights, and all that the optimizer keeps."""
+    state = {f"{i}.{n}": p.detach() for i, c in enumerate(worker.chunks) for n, p in c.named_parameters()}
     for part in worker.optimizer.chained_optimizers:
         for g, group in enumerate(part.optimizer.param_groups):
             for i, parameter in enumerate(group["params"]):
-                state[f"main {g} {i}"] = parameter.detach().clone()
+                state[f"main {g} {i}"] = parameter.detach()
                 for name, value in part.optimizer.state[parameter].items():
-                    state[f"{name} {g} {i}"] = value.detach().clone()
+                    state[f"{name} {g} {i}"] = value
     return state
 
 
@@ -41,7 +41,8 @@ def _steps(worker: PolicyWorker, updates: int) -> tuple[list[Any], dict[str, Any
             facts |= worker.memory.enter(phase)
             if phase == "rollout":
                 facts["at rollout"] = worker.memory.ledger()
-                facts["storages"] = {p.untyped_storage().nbytes() for c in worker.chunks for p in c.parameters()}
+                tensors = [*_state(worker).values(), *(b.grad_data for ddp in worker.ddp for b in ddp.buffers)]
+                facts["storages"] = {tensor.untyped_storage().nbytes() for tensor in tensors}
             if phase == "logprobs":
                 seen.append(worker.logprobs(packs))
             if phase == "train":
@@ -75,7 +76,7 @@ def _offloaded_and_not(rank: Rank, cfg: PolicyConfig, dtype: str, updates: int, 
         reused = host == {part: slab.data_ptr() for part, slab in worker.memory._host.items()}
         worker.memory.enter("train")
         workers[offload] = {"seen": seen, "facts": facts, "loud": loud, "same": same, "reused": reused}
-        workers[offload]["state"] = _state(worker)
+        workers[offload]["state"] = {name: value.clone() for name, value in _state(worker).items()}
         worker.close()
     return workers
 
