@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 import time
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_fapo.plan.lengths import log_normal
+from benchmarks.packing import RECIPE, draws
 from megatron_fapo.plan.shapes import BUILT_IN
 from megatron_fapo.policy.packing import CostModel, Schedule, schedule, waste
 
@@ -64,21 +63,11 @@ def test_invariants(
     assert 0 <= figures.padding < 1
 
 
-RECIPE = {  # model, mean and 99th percentile of responses, their limit, prompt, samples of a mini-batch, max_tokens
-    "7B": ("Qwen2.5-Math-7B", 1100, 4400, 8192, 256, 32 * 8, 20480),
-    "32B": ("Qwen2.5-32B", 2300, 9200, 20480, 256, 32 * 8, 22528),
-    "32B, heavy tail": ("Qwen2.5-32B", 3000, 20000, 20480, 256, 32 * 8, 22528),
-    "GenRM": ("Qwen3-4B", 1800, 7200, 8192, 2500, 32 * 16, 26624),
-}
-
-
 @pytest.mark.parametrize("name", RECIPE)
 def test_waste_is_under_5_percent_on_the_recipe(name: str) -> None:
-    model, mean, p99, limit, prompt, count, max_tokens = RECIPE[name]
-    cost, draw = CostModel.from_shape(BUILT_IN[model]), log_normal(mean, p99, limit)
-    for seed in range(20):
-        rng = random.Random(seed)
-        lengths = [prompt + draw(rng) for _ in range(count)]
+    model, *_, max_tokens = RECIPE[name]
+    cost = CostModel.from_shape(BUILT_IN[model])
+    for seed, lengths in enumerate(draws(name, 20)):
         for ranks in (2, 4, 8, 16):
             for options in ({}, {"count_multiple": 4}, {"round_to": 8}):
                 made = schedule(lengths, data_ranks=ranks, max_tokens=max_tokens, cost=cost, **options)
@@ -131,8 +120,7 @@ def test_cost_of_a_model_is_its_flops() -> None:
 def test_a_whole_step_is_scheduled_at_once(kind: str) -> None:
     """Processor time, since the machine may be busy; samples of a little over half a micro-batch are the worst case,
     each attempt leaving half of them without room."""
-    rng, draw = random.Random(0), log_normal(1100, 4400, 8192)
-    lengths = [256 + draw(rng) for _ in range(4096)] if kind == "recipe" else [8193] * 4096
+    lengths = [n for each in draws("7B", 16) for n in each] if kind == "recipe" else [8193] * 4096
     began = time.process_time()
     made = schedule(lengths, data_ranks=8, max_tokens=16384, cost=CostModel(1e-5))
     assert time.process_time() - began < (0.5 if kind == "recipe" else 3)
