@@ -63,11 +63,11 @@ class OptimizerConfig(Section):
     """Gradient norm above which gradients are scaled down; 0 turns clipping off."""
     offload_fraction: float = Field(0.0, ge=0, le=1)
     """Share of the optimizer's state that stays in host memory and is stepped there: 12 bytes per parameter less on the
-    GPU at 1, for an update as slow as the host's memory."""
+    GPU at 1, for an update as slow as the host's memory. For bfloat16 parameters."""
     main_dtype: str = Field("float32", pattern="^(float32|float16)$")
     """Type of the weights that the optimizer keeps; float16 needs Transformer Engine."""
     moments_dtype: str = Field("float32", pattern="^(float32|bfloat16|float16|fp8)$")
-    """Type of Adam's two moments; any other than float32 needs Transformer Engine."""
+    """Type of Adam's two moments; any other than float32 needs Transformer Engine. With fp8 the second is float16."""
 
     @property
     def low_precision(self) -> bool:
