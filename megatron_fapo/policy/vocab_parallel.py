@@ -8,6 +8,10 @@ Blocks are of the vocabulary, not of tokens: so each row of the weight's gradien
 in float32 inside the product and written once in the weight's type. Blocks of tokens would add the gradient of the
 whole weight together in float32 once per block.
 
+vLLM (0.26) projects and, in its GPU runner, divides by the temperature in the model's type, so a bfloat16 engine's
+log-probabilities are those of logits rounded once or twice; `head_dtype: float32` among its hf_overrides makes its
+logits float32 throughout, which is what is computed here.
+
 Shapes: M positions of the micro-batch, H hidden, V this rank's vocabulary rows, N tokens, K parts that are merged,
 B vocabulary rows of a block.
 """
