@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_fapo.checksums import SUMS, format_sums, sum_file
 from megatron_fapo.config.policy import PolicyConfig
@@ -121,6 +122,10 @@ def test_another_layout_loads_what_was_cut_for_one(
     ranks.run(1, convert_job, hf, tmp_path / "megatron", sizes)
     cfg = policy_config(str(hf), layout)
     assert all(ranks.run(cfg.parallel.world_size, load_job, cfg, tmp_path / "megatron"))
+    keys = FileSystemReader(tmp_path / "megatron" / "release").read_metadata().state_dict_metadata
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in keys  # which Transformer Engine's norms ask for
+    own_norm = "decoder.layers.pre_mlp_layernorm._extra_state/shard_3_4"
+    assert (own_norm in keys) == (family == "qwen3_moe")
 
 
 def run_job(rank: Rank, cfg: PolicyConfig, directory: Path) -> dict[str, str]:
