@@ -5,7 +5,7 @@ a simulated step with its bottleneck, other layouts ranked by step time. Nothing
 
 - `hardware.py`: the cluster and its rates, each with its source; `shapes.py`: models that are not on disk.
 - `memory.py`: bytes of policy ranks, engines and servers.
-- `work.py`: FLOPs and seconds of log-probabilities, updates and refits, from the micro-batches of `policy/batch.py`.
+- `work.py`: FLOPs and seconds of log-probabilities, updates and refits, from the packs of `policy/packing.py`.
 - `simulate.py`: rollout, rule and judge as a discrete-event simulation.
 - `calibrate.py`: rates and lengths out of a run's records.
 - `layouts.py`: one plan, and the ranking of all legal ones; `command.py`: the verb and its output.

@@ -136,7 +136,7 @@ def _step_lines(planner: Planner, steps: list[Step]) -> list[str]:
 def _ranking_lines(ranking: list[tuple[Planner, Step]], configured: Config) -> list[str]:
     lines = [
         f"All ways to divide the cluster, the {min(_SHOWN, len(ranking))} fastest of {len(ranking)}",
-        f"  {'step s':>7} {'GPUs: policy + engines + GenRM':>31}  {'policy':<24} {'engines':<9}"
+        f"  {'step s':>7} {'GPUs: policy + engines + GenRM':>31}  {'policy':<30} {'engines':<9}"
         + "".join(f"{name:>11}" for name in PHASES),
     ]
     for planner, step in ranking[:_SHOWN]:
@@ -144,7 +144,7 @@ def _ranking_lines(ranking: list[tuple[Planner, Step]], configured: Config) -> l
         rollout = planner.config.rollout
         engines = f"{rollout.replicas} x TP{rollout.tensor_parallel}"
         lines.append(
-            f"  {step.total_s:>7.1f} {gpus:>31}  {_layout(planner):<24} {engines:<9}"
+            f"  {step.total_s:>7.1f} {gpus:>31}  {_layout(planner):<30} {engines:<9}"
             + "".join(f"{step.phases[name]:>11.1f}" for name in PHASES)
         )
     lines += ["  the fastest as overrides:", f"    {' '.join(overrides(ranking[0][0], configured))}"]

@@ -80,7 +80,7 @@ KINDS: dict[str, Rates] = {
     ),
 }  # fmt: skip
 
-_SHEET, _GUESS, _FITTED = "data sheet", "assumed", "fitted on one H100 (benchmarks/results/plan_check_h100.json)"
+_SHEET, _GUESS, _FITTED = "data sheet", "assumed", "fitted to one H100 (benchmarks/results/plan_check_h100.json)"
 SOURCES: dict[str, str] = {
     "memory_gib": _SHEET,
     "context_gib": _FITTED,
