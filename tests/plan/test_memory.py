@@ -108,8 +108,8 @@ def test_context_ranks_share_optimizer_state_and_expert_ranks_do_not() -> None:
 
 
 def test_offloading_leaves_what_a_phase_needs() -> None:
-    args = ("fapo_7b.yaml", "4x8xH100", "cluster.rollout_nodes=0", "rollout.colocated=true")
-    kept, moved = make_planner(*args), make_planner(*args, "policy.offload=true")
+    args = ("cluster.rollout_nodes=0", "rollout.colocated=true", "policy.offload=true")
+    kept, moved = (make_planner("fapo_7b.yaml", "4x8xH100", *each) for each in ((), args))
     assert moved.policy.phases["train"] == kept.policy.phases["train"]
     assert set(moved.policy.phases["rollout"]) == {"context"}
     assert {"gradients", "optimizer"}.isdisjoint(moved.policy.phases["logprobs"])
