@@ -36,7 +36,7 @@ def jobs(output: str) -> dict[str, str]:
 
 
 def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
-    """Three jobs that wait for one another; the second makes the GenRM of the third, which is warned and goes on."""
+    """Three jobs that wait for one another; the first is warned and goes on, the second makes the third's GenRM."""
     runs = tmp_path / "runs"
     file = tmp_path / "chain.yaml"
     tasks = [
@@ -51,7 +51,7 @@ def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmC
         {
             "name": "policy",
             "verb": "train",
-            "config": [str(policy_config(tmp_path, steps=40))],
+            "config": [str(policy_config(tmp_path, steps=2))],
             "overrides": [f"genrm.model_path={runs}/genrm/hf"],
             "after": ["export"],
         },
@@ -59,9 +59,9 @@ def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmC
     file.write_text(json.dumps({"tasks": tasks}))
 
     def warn() -> None:
-        metrics = runs / "policy" / "metrics.jsonl"
-        slurm_cluster.wait(lambda: metrics.exists() and read_metrics(runs / "policy"), 900, "no step was taken")
-        (job,) = slurm_cluster.run("squeue", "-h", "-t", "RUNNING", "--name=fapo.policy", "-o", "%i").split()
+        metrics = runs / "genrm" / "metrics.jsonl"
+        slurm_cluster.wait(lambda: metrics.exists() and read_metrics(runs / "genrm"), 900, "no evaluation was made")
+        (job,) = slurm_cluster.run("squeue", "-h", "-t", "RUNNING", "--name=fapo.genrm", "-o", "%i").split()
         slurm_cluster.run("scancel", "--batch", "--signal=USR1", job)
 
     with ThreadPoolExecutor() as pool:
@@ -77,8 +77,8 @@ def test_a_genrm_is_trained_exported_and_judges_the_policy(slurm_cluster: SlurmC
     assert (runs / "genrm" / "hf" / "config.json").exists()
     assert not (runs / "genrm" / "hf.partial").exists()
     assert load_config([runs / "policy" / "config.yaml"], []).config.genrm.model_path == f"{runs}/genrm/hf"
-    assert [record["step"] for record in read_metrics(runs / "policy")] == list(range(1, 41))
-    assert ended["policy"]["Restarts"] == "1"
+    assert [record["step"] for record in read_metrics(runs / "policy")] == [1, 2]
+    assert ended["genrm"]["Restarts"] == "1"
     # Followed to the end, both attempts in order, and NeMo-Run knows the experiment.
     assert result.stdout.count("decision: not requeued (the run is complete)") == 2
     requeued, done = (result.stdout.rindex(text) for text in ("decision: requeued", "decision: not requeued"))

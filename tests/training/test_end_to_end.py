@@ -74,17 +74,24 @@ def _weights(workspace: Path, name: str) -> dict[str, str]:
     checkpoint = sorted((workspace / name / "checkpoints").iterdir())[-1]
     assert checkpoint.name == f"step_{STEPS:06d}"
     target = workspace / f"{name}-hf"
-    assert FapoProcess(workspace / "convert.log", "convert", "megatron-to-hf", str(checkpoint), str(target)).wait() == 0
+    where = ("--megatron", str(checkpoint), "--out", str(target))
+    assert FapoProcess(workspace / "convert.log", "convert", "megatron-to-hf", *where).wait() == 0
     tensors = load_file(target / "model-00001-of-00001.safetensors")
     return {key: hashlib.sha256(t.numpy().tobytes()).hexdigest() for key, t in tensors.items()}
 
 
+def _newest(workspace: Path) -> dict[str, Any]:
+    """The state of the newest checkpoint of `parts`."""
+    state = sorted((workspace / "parts" / "checkpoints").glob("step_*/state.json"))[-1]
+    return json.loads(state.read_text())
+
+
 def _reproducible(record: dict[str, float]) -> dict[str, float]:
-    timed = ("phase_s/", "weight_sync/", "scoring/", "genrm/latency")
+    timed = ("phase_s/", "memory/", "weight_sync/", "scoring/", "genrm/latency")
     return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(workspace: Path, started: list[FapoProcess]) -> None:
+def test_a_stopped_and_broken_run_equals_an_uninterrupted_one(workspace: Path, started: list[FapoProcess]) -> None:
     sections: dict[str, Any] = {
         "reward": {"compute_score": "tests.training.runs:reward_of_length"},
         "data": {"eval": {"held": str(workspace / "data" / "eval.jsonl")}},
@@ -95,18 +102,32 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(workspace: Path, 
     assert whole.wait_until_gone() == []
     assert (workspace / "whole" / "report.html").stat().st_size > 10_000
 
-    config = str(_config(workspace, "parts", **sections))
-    for part, (seen, resume) in enumerate(((0, ()), (2, ("--resume",)))):  # in step 1, and in a later one
-        run = _start(started, workspace / f"parts{part}.log", "train", "-c", config, *resume)
-        run.wait_for_step(workspace / "parts", seen)
-        run.process.send_signal(signal.SIGTERM)
-        assert run.wait() == 75, run.output()[-4000:]
-        assert run.wait_until_gone() == []
-        saved = json.loads(sorted((workspace / "parts" / "checkpoints").glob("step_*/state.json"))[-1].read_text())
-        assert seen <= saved["step"] < STEPS, "the run ended before it could be stopped"
+    # In turns on the same device, which changes nothing but who is where when.
+    turns: dict[str, Any] = {"policy": {"offload": True}, "rollout": {"colocated": True}}
+    config = str(_config(workspace, "parts", **sections, **turns))
+    stopped = _start(started, workspace / "stopped.log", "train", "-c", config)
+    stopped.wait_for_step(workspace / "parts", 0)  # it is in step 1
+    stopped.process.send_signal(signal.SIGTERM)
+    assert stopped.wait() == 75, stopped.output()[-4000:]
+    assert stopped.wait_until_gone() == []
+    assert _newest(workspace)["step"] < STEPS, "the run ended before it could be stopped"
 
-    last = _start(started, workspace / "last.log", "train", "-c", config, "--resume")
+    broken = _start(started, workspace / "broken.log", "train", "-c", config, "--resume")
+    broken.wait_for_step(workspace / "parts", 2)
+    os.kill(broken.pids("VLLM::EngineCore")[0], signal.SIGKILL)
+    assert broken.wait() == 76, broken.output()[-4000:]
+    assert broken.wait_until_gone() == []
+    assert "Traceback (most recent call last):\n  File" not in broken.output()
+    found = json.loads((workspace / "parts" / "failure.json").read_text())
+    assert (found["role"], found["what"]) == ("rollout", "its vLLM processes are gone")
+    named = f"rollout-0 on node {found['node']}"
+    assert named in broken.output()
+    assert named in (workspace / "parts" / "logs" / "driver-0.log").read_text()
+    assert 2 <= found["step"] == _newest(workspace)["step"] < STEPS, "the finished steps were saved"
+
+    last = _start(started, workspace / "last.log", "train", "-c", config, "--resume", "auto")
     assert last.wait() == 0, last.output()[-4000:]
+    assert not (workspace / "parts" / "failure.json").exists()
     uninterrupted, resumed = read_metrics(workspace / "whole"), read_metrics(workspace / "parts")
     assert [r["step"] for r in resumed] == [0, 1, 2, 3, 4]
     assert "eval/held/avg@1" in resumed[2]

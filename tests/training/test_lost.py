@@ -1,15 +1,11 @@
-"""Processes of a real run are killed in turn: who was lost is said in one message, and `--resume auto` goes on. More of
-them are killed in tests/slurm."""
+"""Processes that are lost, and what is said of them. Those of real runs: test_end_to_end.py and tests/slurm."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import pickle
-import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,18 +15,14 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.root import Config
-from megatron_fapo.data.datasets import write_testbed
-from megatron_fapo.data.tokenizer import init_tiny_model
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.server import ServerStartError
-from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
 from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.training.cluster import Cluster, ServerDiedError, _await_nodes, _start_server, _stop_servers
 from megatron_fapo.training.failure import forget_failure, report_failure
-from tests.training.runs import FapoProcess, write_config
 
 
 @pytest.mark.parametrize(("lost", "code"), [(True, 76), (False, 1)])
@@ -58,85 +50,6 @@ def test_an_error_of_the_driver_is_its_own(tmp_path: Path) -> None:
     assert report_failure(tmp_path, KeyError("x"), 0) == 1
     written = json.loads((tmp_path / "failure.json").read_text())
     assert (written["role"], written["what"]) == ("driver", "KeyError: 'x'")
-
-
-class RealProcess:
-    """What a test does with a running `fapo train`."""
-
-    def __init__(self, workspace: Path, started: list[FapoProcess], attempt: str, *arguments: str) -> None:
-        self.run_dir = workspace / "run"
-        self.fapo = FapoProcess(workspace / f"{attempt}.log", "train", *arguments)
-        started.append(self.fapo)
-
-    def kill(self, step: int, title: str) -> None:
-        """Kill one process of the run once it has finished `step`."""
-        deadline = time.monotonic() + 300
-        while not self.fapo.pids(title):  # until then, metrics are those of the attempt before
-            assert time.monotonic() < deadline, self.fapo.output()[-4000:]
-            time.sleep(0.1)
-        self.fapo.wait_for_step(self.run_dir, step)
-        os.kill(self.fapo.pids(title)[0], signal.SIGKILL)
-
-    def failure(self) -> dict[str, Any]:
-        """What the run says once it has ended, if it ended as it should."""
-        assert self.fapo.wait(300) == 76, self.fapo.output()[-4000:]
-        assert "Traceback (most recent call last):\n  File" not in self.fapo.output()
-        assert self.fapo.wait_until_gone() == []
-        found: dict[str, Any] = json.loads((self.run_dir / "failure.json").read_text())
-        named = f"{found['role']}-{found['rank']} on node {found['node']}"
-        assert named in self.fapo.output()
-        assert named in (self.run_dir / "logs" / "driver-0.log").read_text()
-        return found
-
-
-@pytest.fixture
-def started() -> Iterator[list[FapoProcess]]:
-    processes: list[FapoProcess] = []
-    yield processes
-    for process in processes:
-        process.kill_all()
-
-
-@pytest.mark.timeout(900)
-def test_whoever_is_killed_is_named_and_the_next_attempt_goes_on(tmp_path: Path, started: list[FapoProcess]) -> None:
-    write_testbed(tmp_path / "data", 64, 8, seed=0)
-    init_tiny_model(tmp_path / "model", seed=0)
-    values = {
-        "run_dir": str(tmp_path / "run"),
-        "device": "cpu",
-        "data": {"train": [str(tmp_path / "data" / "train.jsonl")], "max_prompt_tokens": 160},
-        "policy": {"model_path": str(tmp_path / "model"), "parallel": {"tensor": 1}},
-        "rollout": {"samples_per_prompt": 4, "max_response_tokens": 24, "cpu_kv_cache_gb": 0.05},
-        "genrm": {"enabled": False},
-        "reward": {"overlong": {"enabled": False}, "verifier_processes": 1},
-        "training": {
-            "steps": 500,
-            "prompts_per_step": 4,
-            "prompts_per_mini_batch": 2,
-            "evaluation": {"every_steps": 0},
-            "checkpoint": {"every_steps": 0},
-        },
-    }
-    config = ["-c", str(write_config(tmp_path / "run.yaml", values)), "--resume", "auto"]
-
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "failure.json").write_text("of an earlier attempt")
-    first = RealProcess(tmp_path, started, "first", *config)
-    first.kill(1, "ray::PolicyActor")
-    found = first.failure()
-    assert (found["role"], found["what"]) == ("policy", "its process is gone")
-    assert found["step"] >= 1
-    assert not list((tmp_path / "run" / "checkpoints").glob("step_*")), "a policy that is gone cannot be saved"
-
-    second = RealProcess(tmp_path, started, "second", *config)  # anew, though there are metrics
-    second.kill(2, "VLLM::EngineCore")
-    found = second.failure()
-    assert (found["role"], found["what"]) == ("rollout", "its vLLM processes are gone")
-    saved = max((tmp_path / "run" / "checkpoints").glob("step_*")).name
-    assert saved == f"step_{found['step']:06d}", "the finished steps were saved"
-
-    steps = [record["step"] for record in read_metrics(tmp_path / "run")]
-    assert steps == list(range(1, int(found["step"]) + 1)), "each step once, over all attempts"
 
 
 def test_a_constructor_that_raises_is_code_that_failed() -> None:
