@@ -36,7 +36,7 @@ def policy_config(root: Path, steps: int) -> Path:
 
 
 def genrm_config(root: Path) -> Path:
-    """GenRM training of one step with an evaluation, so that there is a best checkpoint, in `root`/runs/genrm."""
+    """GenRM training of two steps, each evaluated, so that there is a best checkpoint, in `root`/runs/genrm."""
     build = functools.partial(judge_messages, form="tagged")
     write_prompts(root / "critic.parquet", critic_rows(16, 1, build))
     write_prompts(root / "held.jsonl", critic_rows(4, 2, build))
@@ -54,7 +54,7 @@ def genrm_config(root: Path) -> Path:
             "rollout": {"samples_per_prompt": 2, "max_response_tokens": 96},
             "reward": {"overlong": {"enabled": False}},
             "training": {
-                "steps": 1,
+                "steps": 2,
                 "prompts_per_step": 2,
                 "prompts_per_mini_batch": 2,
                 "evaluation": {"every_steps": 1, "temperature": 0.0},
