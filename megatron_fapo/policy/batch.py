@@ -124,23 +124,28 @@ def build_micro_batch(
     index_M = local_T[torch.cat([torch.empty(0, dtype=torch.long), *spans])]
     place_N = (index_M >= 0).nonzero()[:, 0]
 
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        # A copy from memory that is not pinned waits until the GPU has done all it was given, which leaves it idle
+        # while the host prepares the micro-batch.
+        return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
     def flat(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         values = [getattr(s, name) for s in samples]
         if None in values:
             return None
-        return torch.tensor([x for v in values for x in v], dtype=dtype)[place_N].to(device)
+        return send(torch.tensor([x for v in values for x in v], dtype=dtype)[place_N])
 
     target_N = flat("response_ids", torch.long)
     assert target_N is not None
     advantage_M = torch.tensor([s.advantage for s in samples]).repeat_interleave(torch.tensor(counts, dtype=torch.long))
     return MicroBatch(
-        tokens_1t=tokens_T[mine][None].to(device),
-        cu_seqlens=torch.tensor(ends, dtype=torch.int32, device=device),
+        tokens_1t=send(tokens_T[mine][None]),
+        cu_seqlens=send(torch.tensor(ends, dtype=torch.int32)),
         longest=max(padded),
-        index_N=index_M[place_N].to(device),
-        place_N=place_N.to(device),
+        index_N=send(index_M[place_N]),
+        place_N=send(place_N),
         target_N=target_N,
-        advantage_N=advantage_M[place_N].to(device),
+        advantage_N=send(advantage_M[place_N]),
         old_N=flat("old_logprobs"),
         behaviour_N=flat("behaviour_logprobs"),
         reference_N=flat("reference_logprobs"),

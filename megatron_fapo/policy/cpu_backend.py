@@ -113,6 +113,12 @@ def _hybrid_groups(self: Any, fraction: float) -> tuple[Any, ...]:
     return *groups, copies, {copy: original for original, copy in copies.items()}, wide
 
 
+def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """How many tokens go to each expert rank: mcore makes numbers of them only on the way from a GPU."""
+    del record_stream
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def install() -> None:
     """Make this process answer for CUDA with the CPU. Call before importing megatron; a second call does nothing.
 
@@ -166,6 +172,10 @@ def install() -> None:
 
     mcore_random._get_cuda_rng_state = _rng_getter()
     mcore_random._set_cuda_rng_state = _rng_setter()
+
+    from megatron.core.transformer.moe import token_dispatcher
+
+    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
 
     from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 

@@ -121,7 +121,9 @@ class PolicyWorker:
                 rank=group.rank(),
                 group=group,
             )
-            return torch.stack([logprob_N, entropy_N])
+            assert entropy_N is not None
+            # A metric only, unless the loss has an entropy term: its gradient of zeros would be worked out all the same.
+            return torch.stack([logprob_N, entropy_N if self.algorithm.entropy_coef else entropy_N.detach()])
 
         packed = batch.packed_seq_params()
         output: torch.Tensor = model(batch.tokens_1t, None, None, packed_seq_params=packed, output_processor=head)

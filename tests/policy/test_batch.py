@@ -1,74 +1,88 @@
-"""The scheduler of micro-batches: its docstring's invariants over random lengths."""
+"""Packs: nothing is lost or seen twice, over context ranks either."""
 
 from __future__ import annotations
 
+import itertools
+
+import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from megatron_fapo.policy.batch import (
-    TrainSample,
-    build_micro_batches,
-    plan_micro_batches,
-    split_over_data_ranks,
-    with_filler,
-)
+from megatron_fapo.policy.batch import MicroBatch, Padding, build_micro_batch, set_logprobs
+from tests.policy.models import make_samples
 
-LENGTHS = st.lists(st.integers(2, 200), min_size=1, max_size=60)
+SAMPLES = make_samples(6)
+FLAT = [t for s in SAMPLES for t in s.response_ids]
 
 
-@given(lengths=LENGTHS, ranks=st.integers(1, 9))
-def test_every_sample_goes_to_one_rank_in_near_equal_shares(lengths: list[int], ranks: int) -> None:
-    parts = split_over_data_ranks(lengths, ranks)
-    assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
-    counts = [len(part) for part in parts]
-    assert max(counts) - min(counts) <= 1
-    if len(lengths) >= ranks:
-        tokens = [sum(lengths[i] for i in part) for part in parts]
-        assert max(tokens) - min(tokens) <= 2 * max(lengths)
+def _build(padding: Padding, rank: int = 0, ranks: int = 1) -> MicroBatch:
+    return build_micro_batch(SAMPLES, padding, device="cpu", rank=rank, ranks=ranks)
 
 
-@given(lengths=LENGTHS, max_tokens=st.integers(1, 500))
-def test_every_sample_is_in_one_micro_batch_within_the_budget(lengths: list[int], max_tokens: int) -> None:
-    plan = plan_micro_batches(lengths, max_tokens)
-    assert sorted(i for batch in plan for i in batch) == list(range(len(lengths)))
-    for batch in plan:
-        padded = len(batch) * max(lengths[i] for i in batch)
-        assert padded <= max_tokens or len(batch) == 1
+def test_samples_lie_one_after_the_other() -> None:
+    batch = _build(Padding())
+    ends = batch.cu_seqlens.tolist()
+    assert ends[-1] == batch.tokens_1t.shape[1] == sum(s.tokens for s in SAMPLES)  # nothing is padded
+    for start, end, s in zip(ends, ends[1:], SAMPLES, strict=False):
+        assert tuple(batch.tokens_1t[0, start:end].tolist()) == s.prompt_ids + s.response_ids
+    assert batch.longest == max(s.tokens for s in SAMPLES)
+    # Each token is predicted from the position before it.
+    assert batch.tokens_1t[0, batch.index_N + 1].tolist() == batch.target_N.tolist() == FLAT
+    assert batch.advantage_N.tolist() == pytest.approx([s.advantage for s in SAMPLES for _ in s.response_ids])
 
 
-@given(
-    shapes=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 15)), min_size=1, max_size=12),
-    max_tokens=st.integers(1, 90),
-    multiple=st.integers(1, 4),
-)
-def test_each_response_token_is_predicted_from_the_position_before(
-    shapes: list[tuple[int, int]], max_tokens: int, multiple: int
-) -> None:
-    """Tokens are numbered so that a token's predecessor can be told: token = 1000 * sample + position."""
-    samples = [
-        TrainSample(
-            prompt_ids=tuple(1000 * i + j for j in range(prompt)),
-            response_ids=tuple(1000 * i + prompt + j for j in range(response)),
-            advantage=float(i),
-            old_logprobs=tuple(-float(1000 * i + prompt + j) for j in range(response)),
-        )
-        for i, (prompt, response) in enumerate(shapes)
-    ]
-    seen = []
-    for batch in build_micro_batches(samples, max_tokens, multiple, "cpu"):
-        assert batch.tokens_BT.shape[1] % multiple == 0
-        flat = batch.tokens_BT.reshape(-1)
-        assert torch.equal(flat[batch.index_N] + 1, batch.target_N)
-        assert batch.old_N is not None
-        assert torch.equal(batch.old_N, -batch.target_N.float())
-        assert torch.equal(batch.advantage_N, (batch.target_N // 1000).float())
-        assert batch.behaviour_N is None
-        seen += batch.target_N.tolist()
-    assert sorted(seen) == sorted(t for s in samples for t in s.response_ids)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_context_ranks_share_out_every_token_once(ranks: int) -> None:
+    padding = Padding.of(context=ranks, tensor=2, fp8=False)
+    parts = [_build(padding, rank, ranks) for rank in range(ranks)]
+    ends = parts[0].cu_seqlens.tolist()
+    assert all((end - start) % (2 * ranks) == 0 for start, end in itertools.pairwise(ends))
+    assert all(part.tokens_1t.shape == (1, ends[-1] // ranks) for part in parts)
+    assert ends[-1] // ranks % 2 == 0  # what sequence parallelism splits
+    places = torch.cat([part.place_N for part in parts])
+    assert places.sort().values.tolist() == list(range(len(FLAT)))
+    assert torch.cat([part.target_N for part in parts])[places.argsort()].tolist() == FLAT
+    old = torch.cat([part.old_N for part in parts])[places.argsort()]  # type: ignore[arg-type]
+    assert old.tolist() == pytest.approx([x for s in SAMPLES for x in s.old_logprobs or ()])
+    # The tokens are the pack's, each rank with its first and its last slices.
+    tokens = sorted(t for part in parts for t in part.tokens_1t[0].tolist())
+    assert tokens == sorted([t for s in SAMPLES for t in s.prompt_ids + s.response_ids] + [0] * (ends[-1] - _total()))
 
 
-def test_a_rank_without_samples_gets_a_filler_without_loss() -> None:
-    (batch,) = build_micro_batches(with_filler([]), 100, 2, "cpu")
-    assert batch.tokens_BT.shape == (1, 2)
-    assert len(batch.index_N) == len(batch.target_N) == 0
+def _total() -> int:
+    return sum(s.tokens for s in SAMPLES)
+
+
+def test_a_context_rank_predicts_from_what_it_holds() -> None:
+    for rank in range(2):
+        part = _build(Padding.of(context=2, tensor=1, fp8=False), rank, 2)
+        whole = _build(Padding(4, 4))
+        slots = []
+        for start, end in zip(whole.cu_seqlens.tolist(), whole.cu_seqlens.tolist()[1:], strict=False):
+            width = (end - start) // 4
+            slots += [*range(start + rank * width, start + (rank + 1) * width)]
+            slots += [*range(start + (3 - rank) * width, start + (4 - rank) * width)]
+        assert part.tokens_1t[0].tolist() == whole.tokens_1t[0, slots].tolist()
+        predicted_from = [slots[i] for i in part.index_N.tolist()]
+        assert predicted_from == whole.index_N[part.place_N].tolist()
+
+
+def test_padding_goes_to_the_end_of_the_last_sample() -> None:
+    batch = _build(Padding.of(context=1, tensor=2, fp8=True))
+    assert batch.tokens_1t.shape[1] % 32 == 0
+    ends = batch.cu_seqlens.tolist()
+    assert [end - start for start, end in itertools.pairwise(ends)][:-1] == [s.tokens for s in SAMPLES[:-1]]
+
+
+def test_no_samples_is_a_pack_without_loss() -> None:
+    batch = build_micro_batch([], Padding.of(context=2, tensor=2, fp8=False), device="cpu", rank=1, ranks=2)
+    assert batch.tokens_1t.numel() % 2 == 0
+    assert batch.target_N.numel() == batch.index_N.numel() == 0
+    assert batch.response_lengths == ()
+
+
+def test_missing_logprobs_are_missing() -> None:
+    assert _build(Padding()).reference_N is None
+    filled = set_logprobs(SAMPLES, "reference_logprobs", [[0.5] * len(s.response_ids) for s in SAMPLES])
+    batch = build_micro_batch(filled, Padding(), device="cpu")
+    assert batch.reference_N is not None
+    assert batch.reference_N.tolist() == [0.5] * len(FLAT)
