@@ -98,7 +98,7 @@ class _LogprobEntropy(torch.autograd.Function):
         if group is not None and group.size() > 1:
             everyone = merged.new_empty(group.size() * 4, len(index_N))
             torch.distributed.all_gather_into_tensor(everyone, merged, group=group)
-            merged = _merge(everyone.view(-1, 4, len(index_N)))
+            merged = _merge(everyone.view(group.size(), 4, len(index_N)))
         largest_N, z_N, s_N, target_x_N = merged
         logprob_N = target_x_N - largest_N - z_N.log()
         entropy_N = z_N.log() - s_N / z_N if with_entropy else None

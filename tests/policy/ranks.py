@@ -60,11 +60,14 @@ class Ranks:
         port = free_port()
         for pipe in self.pipes[:world]:
             pipe.send((function, args, world, port))
-        results = []
+        results: list[Any] = []
         for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(240):
-                self.close()
-                raise TimeoutError(f"rank {rank} did not answer in 240 s")
+            # Others hang in a collective of a rank that has failed: its reason is the news.
+            if not pipe.poll(240 if all(ok for ok, _ in results) else 5):
+                if all(ok for ok, _ in results):
+                    self.close()
+                    raise TimeoutError(f"rank {rank} did not answer in 240 s")
+                continue
             results.append(pipe.recv())
         if failures := [text for ok, text in results if not ok]:
             self.close()  # the others may hang in a collective of the failed rank
