@@ -12,6 +12,7 @@ import pytest
 FIRST = ("slurm", "training", "policy", "rollout", "launch", "observe")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not hasattr(config, "workerinput"):  # one process: in the order of the files
         return

@@ -122,7 +122,7 @@ class PolicyWorker:
                 group=group,
             )
             assert entropy_N is not None
-            # A metric only, unless the loss has an entropy term: its gradient of zeros would be worked out all the same.
+            # Without an entropy term it is a metric only, whose gradient of zeros would be worked out all the same.
             return torch.stack([logprob_N, entropy_N if self.algorithm.entropy_coef else entropy_N.detach()])
 
         packed = batch.packed_seq_params()
