@@ -17,7 +17,7 @@ windtunnel: setup
 
 # Hundreds of processes would each compile the package anew, in shells where bytecode is not written.
 test: setup
-	PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	PYTHONDONTWRITEBYTECODE= .venv/bin/pytest -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	.venv/bin/ruff check .
