@@ -19,7 +19,7 @@ from tests.slurm.jobs import ROOT, TINY, Job
 from tests.training.runs import FapoProcess
 
 pytestmark = pytest.mark.timeout(1500)
-HOW = ("phase_s/", "weight_sync/", "genrm/", "observe/")
+HOW = ("phase_s/", "memory/", "weight_sync/", "genrm/", "observe/")
 """Metrics of how a step went, not of what was learned; so are those that end with _s, seconds."""
 ONE_RANK = "policy.parallel.tensor=1"
 """Each rank imports megatron, which two cores notice."""
