@@ -22,6 +22,15 @@ def write_atomically(path: Path, text: str) -> None:
     beside.replace(path)
 
 
+def force_to_disk(path: Path) -> None:
+    """Force a file, or the names in a directory, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def json_line(record: dict[str, Any]) -> str:
     """One line of strict JSON. Floats keep full precision; NaN and infinities, which JSON lacks, become the strings
     `NaN`, `Infinity` and `-Infinity` so that any reader can load the file."""

@@ -12,7 +12,6 @@ complete; until then it is NAME.partial.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,6 +21,7 @@ import torch
 
 from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.files import force_to_disk
 from megatron_fapo.policy.actor import copy_model_files
 from megatron_fapo.policy.describe import (
     WHOLE,
@@ -160,19 +160,11 @@ def _finish(partial: Path, out: Path, agreement: Callable[[], Agreement], *, ver
             print(f"fapo: the converted model is not the same; {partial} is left for inspection", file=sys.stderr)
             return 1
     for path in (*partial.rglob("*"), partial):
-        _force_to_disk(path)
+        force_to_disk(path)
     partial.rename(out)
-    _force_to_disk(out.parent)
+    force_to_disk(out.parent)
     print(out)
     return 0
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _set_dtype(directory: Path, dtype: torch.dtype) -> None:

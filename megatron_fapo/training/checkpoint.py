@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,7 @@ from typing import Any
 from megatron_fapo.checksums import SUMS, FileSum, damaged, format_sums, read_sums, sum_file
 from megatron_fapo.config.training import CheckpointConfig
 from megatron_fapo.errors import CheckpointError, UserError
-from megatron_fapo.observe.files import write_atomically
+from megatron_fapo.observe.files import force_to_disk, write_atomically
 
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
 _STATE, _EVALUATION = "state.json", "evaluation.json"
@@ -125,11 +124,11 @@ class Checkpoints:
         files[_STATE] = sum_file(partial / _STATE)
         (partial / SUMS).write_text(format_sums({name: file.sha256 for name, file in files.items()}))
         for path in [*partial.rglob("*"), partial]:
-            _force_to_disk(path)
+            force_to_disk(path)
         if final.exists():  # of a run that was taken back to an earlier step
             final.rename(final.with_name(f"{final.name}.replaced{_PARTIAL}"))
         partial.rename(final)
-        _force_to_disk(self._root)
+        force_to_disk(self._root)
         self.tidy()
         return final
 
@@ -248,11 +247,3 @@ def _read_state(path: Path) -> RunState:
     if _EVALUATION in read_sums(path):
         state = replace(state, evaluation=json.loads((path / _EVALUATION).read_text()))
     return state
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
