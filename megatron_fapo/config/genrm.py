@@ -53,6 +53,23 @@ class GenRMConfig(Section):
     """Requests for one verdict, over all servers."""
     max_concurrent_per_server: int = Field(256, ge=1)
     """Requests in flight to one server; further ones wait in order."""
+    hedge_share: float = Field(0.05, ge=0, le=1)
+    """Most requests that may be sent a second time, to another server, when they take longer than 95 % do: as a share
+    of all. The first answer counts and the other request is cancelled. 0: none."""
+    votes: int = Field(1, ge=1)
+    """Critiques for one verdict, with seeds of their own; the majority decides, and asking ends when it is reached.
+    Odd. More than 1 needs a temperature above 0."""
+    long_solutions: str = Field("window", pattern="^(window|unscored)$")
+    """A solution that leaves no room for max_tokens in the server's context: `window` has it judged in parts, in the
+    tagged form; `unscored` leaves it unscored (`genrm_context`)."""
+    window_overlap: int = Field(2, ge=0)
+    """Paragraphs that a window shares with the one before."""
+    pool_empty_timeout_s: float = Field(600.0, gt=0)
+    """No server answers anybody: scoring waits this long for one to come back, and says so; then the run ends with
+    everything saved (exit code 76)."""
+    colocated: bool = False
+    """The servers share the rollout's GPUs: they sleep while it generates, and judge after it. False: they judge while
+    others still generate."""
     judge_eval: bool = True
     """Ask the GenRM about right answers of evaluation samples too, to report their flawed-positive ratio."""
     vllm: dict[str, Any] = {}

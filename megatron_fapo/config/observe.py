@@ -42,3 +42,6 @@ class ObserveConfig(Section):
     response, update or checkpoint is no progress either, so set it above the longest of yours."""
     stall_abort_s: float | None = Field(None, gt=0)
     """Seconds without any progress that end the run with exit code 76; None: it waits for ever."""
+    prometheus_port: int | None = Field(None, ge=0, lt=65536)
+    """Serve the metrics of the newest step, and the GenRM's live, to Prometheus on this port of the driver; 0: any free
+    one, named in the log. None: off."""

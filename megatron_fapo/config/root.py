@@ -205,6 +205,11 @@ RULES = (
         ("label",),
     ),
     Rule(
+        ("genrm.votes", "genrm.temperature"),
+        lambda c: asks_genrm(c) and (c.genrm.votes % 2 == 0 or (c.genrm.votes > 1 and c.genrm.temperature == 0)),
+        "a majority needs an odd number of votes that differ: an even number can tie, greedy votes are copies",
+    ),
+    Rule(
         ("labelling.samplers",),
         lambda c: any((s.model_path is None) != bool(s.urls and s.model) for s in c.labelling.samplers.values()),
         "each sampler has either a model_path, or urls with model, the name that they serve",

@@ -56,6 +56,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class JudgeRequest:
+    """One request that was made for a verdict: what a person asks who doubts a score."""
+
+    server: str
+    """Base URL."""
+    outcome: str
+    """`-1` or another index that was read; else why there is none: `truncated`, `unparsable`, a failure's kind, or
+    `cancelled` when another answered first."""
+    began_s: float
+    """Since the judgement began; the time before is queueing."""
+    took_s: float
+    completion_tokens: int = 0
+    seed: int = 0
+    vote: int = 0
+    window: int = 0
+    """Of a solution that is judged in parts."""
+    hedge: bool = False
+    """A second request beside one that was slow."""
+    text: str = ""
+    """The critique, unless it is the verdict's own; of a failure, what was wrong."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the GenRM says of one solution."""
 
@@ -68,6 +91,10 @@ class Verdict:
     attempts: int
     """Requests made for this verdict, the one that answered included."""
     completion_tokens: int
+    agreement: float = 1.0
+    """Share of the votes that say what the verdict says, sound or flawed."""
+    history: tuple[JudgeRequest, ...] = ()
+    """All requests, in the order in which they ended."""
 
     @property
     def flawed(self) -> bool:
@@ -92,6 +119,8 @@ class Score:
     """One of genrm/verdict.py's and genrm/verifier.py's reason words, such as `genrm_deadline`."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Further keys that a user's `compute_score` returned."""
+    judging: tuple[JudgeRequest, ...] = ()
+    """Every request that was made to judge it, whether a verdict came of them or not."""
 
     def __post_init__(self) -> None:
         if (self.reward is None) == (self.unscored_reason is None):

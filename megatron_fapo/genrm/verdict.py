@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+from megatron_fapo.data.records import JudgeRequest
 from megatron_fapo.genrm.rules import last_boxed
 
 
@@ -44,6 +45,8 @@ class Unscored:
     reason: Reason
     detail: str
     """One line for the person who asks why."""
+    history: tuple[JudgeRequest, ...] = ()
+    """All requests, in the order in which they ended."""
 
 
 # int() would also take underscores, other scripts' digits and thousands of them.
