@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -77,8 +77,9 @@ class RewardLoop:
             raise
         self._warner = asyncio.create_task(self._warn(), name="reward loop warner")
 
-    async def score(self, sample: Sample, *, judge: bool = True) -> Score:
-        """The score of one sample. `judge=False` leaves the GenRM out: right answers count as sound.
+    async def score(self, sample: Sample, *, judge: bool = True, judging: asyncio.Event | None = None) -> Score:
+        """The score of one sample. `judge=False` leaves the GenRM out: right answers count as sound. The GenRM is not
+        asked before `judging` is set.
 
         With a user's `compute_score`, its score takes the place of rule and GenRM. The critic's critiques are scored by
         their label alone. The overlong term is added to all.
@@ -88,23 +89,29 @@ class RewardLoop:
         elif self._config.compute_score is not None:
             score = await self._score_by_function(sample)
         else:
-            score = await self._score_by_rule(sample, judge)
+            score = await self._score_by_rule(sample, judge, judging)
         self._counters.add("scored" if score.unscored_reason is None else "unscored")
         if score.unscored_reason is not None:
             self._counters.add(f"unscored/{score.unscored_reason}")
             log.debug("%s is unscored: %s", sample.key, score.extra.get("unscored_detail"))
         return score
 
-    async def score_stream(self, samples: AsyncIterator[Sample], *, judge: bool = True) -> AsyncGenerator[ScoredSample]:
+    async def score_stream(
+        self, samples: AsyncIterator[Sample], *, judge: bool = True, turn: Callable[[], Awaitable[None]] | None = None
+    ) -> AsyncGenerator[ScoredSample]:
         """Scores every sample from the moment it arrives, and yields each as soon as it is scored.
 
         At most `max_in_flight` samples are taken and not yet handed on; then `samples` has to wait. An error of
         `samples` or of the scoring itself (not of a sample: that is unscored) ends the stream. Nothing runs on after
         its end; whoever stops early wraps it in contextlib.aclosing.
+
+        With `turn`, for servers that sleep while others generate, the GenRM is asked when `samples` has ended and
+        `turn` has returned. All samples are taken then: right answers are handed on after the last has come.
         """
         finished: asyncio.Queue[asyncio.Task[ScoredSample | None]] = asyncio.Queue()
         running: set[asyncio.Task[ScoredSample | None]] = set()
         places = asyncio.Semaphore(self._max_in_flight)
+        judging = None if turn is None else asyncio.Event()
 
         def begin(work: Coroutine[Any, Any, ScoredSample | None]) -> None:
             task = asyncio.create_task(work, name="reward loop")
@@ -112,13 +119,17 @@ class RewardLoop:
             task.add_done_callback(finished.put_nowait)
 
         async def score_one(sample: Sample) -> ScoredSample:
-            return ScoredSample(sample, await self.score(sample, judge=judge))
+            return ScoredSample(sample, await self.score(sample, judge=judge, judging=judging))
 
         async def take_all() -> None:
             await places.acquire()
             async for sample in samples:
                 begin(score_one(sample))
-                await places.acquire()
+                if judging is None:
+                    await places.acquire()
+            if turn is not None and judging is not None:
+                await turn()
+                judging.set()
 
         begin(take_all())
         try:
@@ -158,7 +169,7 @@ class RewardLoop:
             await self._client.close()
         await self._verifier.close()
 
-    async def _score_by_rule(self, sample: Sample, judge: bool) -> Score:
+    async def _score_by_rule(self, sample: Sample, judge: bool, judging: asyncio.Event | None) -> Score:
         timings: dict[str, Any] = {}
         with self._stage("rule", sample, timings):
             rule = await self._verifier.verify(sample.text, sample.prompt.ground_truth)
@@ -166,6 +177,8 @@ class RewardLoop:
             return _unscored(rule, None, None, timings)
         verdict = None
         if rule.correct and judge and self._client is not None:
+            if judging is not None:
+                await judging.wait()
             with self._stage("genrm", sample, timings):
                 prompt = sample.prompt
                 outcome = await self._client.judge(
