@@ -1,6 +1,6 @@
 """Reading a verdict out of a critique, and the reasons for which a sample stays unscored.
 
-Invariant: a failure is never a verdict. Only a complete critique whose last box holds an integer in range is one.
+Invariant: a failure is never a verdict. Only a complete critique whose last box holds an index in range is one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from megatron_fapo.data.records import JudgeRequest
-from megatron_fapo.genrm.rules import last_boxed
+from megatron_fapo.genrm.windows import Window
 
 
 class Reason(StrEnum):
@@ -49,22 +49,72 @@ class Unscored:
     """All requests, in the order in which they ended."""
 
 
-# int() would also take underscores, other scripts' digits and thousands of them.
-_INTEGER = re.compile(r"\s*([+-]?[0-9]{1,9})\s*")
+_BOXED = "\\boxed"
+_BOX = re.compile(r"\\boxed\s{0,3}\{")
+_MOST_BOX_CHARS = 100
+_DRESSING = re.compile(
+    r"\\(?:text(?:bf|rm|it|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bf|rm|boxed)(?![A-Za-z])|\\[\[\](),;:! ]|[{}$~]"
+)
+_FULL_WIDTH_DIGITS = str.maketrans("０１２３４５６７８９", "0123456789")
+# A minus after a word must not be its hyphen: `paragraph-1` is paragraph 1.
+_INDEX = re.compile(
+    r"""\s*(?:
+        (?P<sound> (?:index(?:\s+|\s*[:=]\s*)(?=\S1))? [-−－﹣–‑]\s*1)
+      | <paragraph_?(?P<tag>0|[1-9][0-9]{0,8})>
+      | (?:(?:paragraph|step|index)[\s_:=\#]*)? \+?(?P<number>0|[1-9][0-9]{0,8})
+    )\s*\.?\s*""",
+    re.VERBOSE | re.IGNORECASE | re.ASCII,
+)
 
 
-def parse_verdict(critique: str, finish_reason: str | None, n_paragraphs: int | None) -> int | Reason:
+def boxed_index(text: str, start: int) -> int | None:
+    """The index that the `\\boxed{}` at `start` holds: -1, or one from 0 on; None when it holds nothing of the kind.
+
+    Read are a number, or `paragraph`, `step` or `index` and a number, in any dressing of LaTeX and with a full stop or
+    without; any minus sign and full-width digits count. Not read are decimals, ranges, lists, sums, words for `none`.
+    """
+    end = _closing_brace(text, start)
+    if end is None:
+        return None
+    box = _DRESSING.sub(" ", text[start:end]).replace("\\_", "_").translate(_FULL_WIDTH_DIGITS)
+    match = _INDEX.fullmatch(box)
+    if match is None:
+        return None
+    return -1 if match["sound"] else int(match["tag"] or match["number"])
+
+
+def parse_verdict(critique: str, finish_reason: str | None, judged: int | Window | None) -> int | Reason:
     """The index that a critique ends on: -1 for no error, else the 0-based paragraph of the earliest error.
 
-    Read from the last `\\boxed{}`. The index must be below `n_paragraphs` (tagged form); None (raw form) allows any.
-    GENRM_TRUNCATED when the critique was cut, GENRM_UNPARSABLE for everything else that is not a verdict, an aborted
-    request (any finish_reason other than `stop`) included.
+    Read from the last `\\boxed{}` after the reasoning (`</think>`), of boxes in boxes the outermost: see `boxed_index`.
+    The index must be below `judged`, the number of paragraphs, or of the paragraphs to be judged in a window; None (raw
+    form) allows any. GENRM_TRUNCATED when the critique was cut, GENRM_UNPARSABLE for everything else that is not a
+    verdict, an aborted request (any finish_reason other than `stop`) included.
     """
     if finish_reason == "length":
         return Reason.GENRM_TRUNCATED
-    match = _INTEGER.fullmatch(last_boxed(critique) or "")
-    if finish_reason != "stop" or match is None:
+    said = critique.rpartition("</think>")[2]
+    start = said.rfind(_BOXED)
+    if finish_reason != "stop" or start < 0 or "<think>" in said:
         return Reason.GENRM_UNPARSABLE
-    index = int(match.group(1))
-    in_range = index == -1 or (index >= 0 and (n_paragraphs is None or index < n_paragraphs))
+    while (outer := said.rfind(_BOXED, 0, start)) >= 0 and (_closing_brace(said, outer) or 0) > start:
+        start = outer
+    index = boxed_index(said, start)
+    if index is None:
+        return Reason.GENRM_UNPARSABLE
+    first, stop = (judged.fresh, judged.stop) if isinstance(judged, Window) else (0, judged)
+    in_range = index == -1 or (index >= first and (stop is None or index < stop))
     return index if in_range else Reason.GENRM_UNPARSABLE
+
+
+def _closing_brace(text: str, start: int) -> int | None:
+    """Where the box at `start` closes, if it opens a brace and is not longer than any verdict."""
+    opening = _BOX.match(text, start)
+    if opening is None:
+        return None
+    depth = 1
+    for position in range(opening.end(), min(len(text), opening.end() + _MOST_BOX_CHARS)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return position
+    return None

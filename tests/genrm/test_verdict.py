@@ -15,6 +15,9 @@ from megatron_fapo.genrm.verdict import Reason, parse_verdict
         ("\\boxed{0}", 0),
         ("\\boxed{\\boxed{1}}", 1),
         ("The solution says \\boxed{7}. My index: $\\boxed{+1}$", 1),
+        ("\\boxed {1}", 1),
+        ("\\boxed{−1}", -1),
+        ("\\boxed{paragraph_1}", 1),
     ],
 )
 def test_readable(critique: str, index: int) -> None:
@@ -37,10 +40,7 @@ def test_readable(critique: str, index: int) -> None:
         "\\boxed{__import__('os').getpid()}",
         "\\boxed{1_0}",
         "\\boxed{٢}",
-        "\\boxed{−1}",
-        "\\boxed{paragraph_1}",
         "\\boxed{" + "1" * 5000 + "}",
-        "\\boxed {1}",
         "\\boxed{" * 50_000,
     ],
 )
