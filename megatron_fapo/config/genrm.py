@@ -27,7 +27,8 @@ class GenRMConfig(Section):
     """Your judge in place of servers, `package.module:function` or `path/file.py:function`, sync and quick or async.
     Signature: judge(question, ground_truth, solution) -> int, -1 or the 0-based paragraph of the first error."""
     model_path: str | None = None
-    """HF checkpoint of the GenRM; needed when servers > 0."""
+    """HF checkpoint of the GenRM; needed when servers > 0. Its tokenizer is handed to a reward.compute_score that takes
+    `reward_model_tokenizer`, also when all servers are others'."""
     servers: int = Field(1, ge=0)
     """vLLM servers that we start."""
     tensor_parallel: int = Field(1, ge=1)
@@ -74,3 +75,8 @@ class GenRMConfig(Section):
     """Ask the GenRM about right answers of evaluation samples too, to report their flawed-positive ratio."""
     vllm: dict[str, Any] = {}
     """Passed through to `vllm serve` as options (`{max_num_seqs: 64}` is `--max-num-seqs 64`)."""
+
+    @property
+    def named(self) -> bool:
+        """Whether there are servers to ask."""
+        return bool(self.model_path if self.servers > 0 else self.urls or self.rendezvous)

@@ -33,8 +33,10 @@ class RewardConfig(Section):
     """Past it the worker is killed and replaced and the sample is unscored (`verifier_timeout`)."""
     compute_score: str | None = None
     """Your reward function, `package.module:function` or `path/file.py:function`; replaces rule and GenRM.
-    Signature: compute_score(data_source, solution_str, ground_truth, extra_info, **kw) -> float | dict, or async."""
+    Signature: compute_score(data_source, solution_str, ground_truth, extra_info, **kw) -> float | dict, or async. Where
+    `genrm` names servers, one that accepts `reward_router_address` and `reward_model_tokenizer` gets them."""
     compute_score_kwargs: dict[str, Any] = {}
+    """Further keywords; they hold over those above."""
     flawed_penalty: float = Field(1.0, ge=0)
     """lambda: subtracted from a right answer that the GenRM calls flawed. 0 only measures."""
     rho_shift: float | None = Field(None, gt=0)

@@ -60,9 +60,10 @@ class Rule:
 
 
 def asks_genrm(c: Config) -> bool:
-    """Whether right answers are put to servers; functions of the user's and the critic's task do without."""
-    others = c.reward.compute_score is not None or c.genrm.judge_function is not None or c.reward.task == "critic"
-    return c.genrm.enabled and not others
+    """Whether servers take part: they judge right answers, or are there for a compute_score of the user's, which may do
+    without. A judge of the user's and the critic's task have none."""
+    others = c.genrm.judge_function is not None or c.reward.task == "critic"
+    return c.genrm.enabled and not others and (c.reward.compute_score is None or c.genrm.named)
 
 
 def samplers(c: Config) -> dict[str, SamplerConfig]:
@@ -71,7 +72,7 @@ def samplers(c: Config) -> dict[str, SamplerConfig]:
 
 
 def _genrm_homeless(c: Config) -> bool:
-    return asks_genrm(c) and not (c.genrm.model_path if c.genrm.servers > 0 else c.genrm.urls or c.genrm.rendezvous)
+    return asks_genrm(c) and not c.genrm.named
 
 
 def _evaluation_of_nothing(c: Config) -> bool:
@@ -179,6 +180,7 @@ RULES = (
         ),
         lambda c: (
             not asks_genrm(c)
+            or c.reward.compute_score is not None
             or not (c.genrm.servers > 0 and c.genrm.model_path)
             or bool(c.genrm.urls or c.genrm.rendezvous)
         ),
