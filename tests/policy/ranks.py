@@ -6,6 +6,7 @@ Importing megatron takes longer than a step of a tiny model, so the processes st
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -37,9 +38,11 @@ def _serve(rank: int, pipe: Connection) -> None:
             return
         function, args, world, port = job
         try:
-            pipe.send((True, function(Rank(rank, world, "127.0.0.1", port), *args)))
+            answer = True, function(Rank(rank, world, "127.0.0.1", port), *args)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        # By value: `send` would share the memory of each tensor, by a file descriptor that this process must hand over.
+        pipe.send_bytes(pickle.dumps(answer))
 
 
 class Ranks:
@@ -68,7 +71,7 @@ class Ranks:
                     self.close()
                     raise TimeoutError(f"rank {rank} did not answer in 240 s")
                 continue
-            results.append(pipe.recv())
+            results.append(pickle.loads(pipe.recv_bytes()))
         if failures := [text for ok, text in results if not ok]:
             self.close()  # the others may hang in a collective of the failed rank
             raise AssertionError("\n".join(failures))

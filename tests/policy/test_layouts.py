@@ -50,6 +50,11 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 
 def _hf_gradients(worker: Any) -> dict[str, torch.Tensor]:
     """This rank's gradients under HF names: shards are merged by the rules that merge weights."""
+    data = worker.state.get_data_parallel_group(with_context_parallel=True)
+    for bucket in (bucket for ddp in worker.ddp for buffer in ddp.buffers for bucket in buffer.buckets):
+        # mcore sums over data and context ranks only that part of a buffer which this rank's optimizer updates.
+        parts = list(bucket.grad_data.chunk(data.size()))
+        torch.distributed.all_gather(parts, parts[data.rank()].clone(), group=data)
     group = worker.state.get_tensor_model_parallel_group()
     result = {}
     for chunk in worker.chunks:

@@ -32,11 +32,11 @@ def short(tmp_path: Path) -> Path:
 
 def logprobs_job(rank: Rank, cfg: PolicyConfig, sample: TrainSample) -> tuple[int, list[float]]:
     worker = make_worker(rank, cfg)
-    result = worker.logprobs([sample])
+    result = worker.logprobs([[sample]])
     positions = worker.shape.max_positions
     worker.close()
     assert result is not None
-    return positions, result[0]
+    return positions, result[0][0]
 
 
 def test_positions_beyond_the_checkpoints_are_computed_with_its_own_rope(ranks: Ranks, short: Path) -> None:
@@ -67,7 +67,7 @@ def test_what_is_written_carries_the_positions_it_was_trained_with(short: Path, 
 def test_engines_are_told(
     short: Path, monkeypatch: pytest.MonkeyPatch, positions: int | None, overrides: dict[str, int] | None
 ) -> None:
-    monkeypatch.setattr(cluster, "_actor", lambda kind, *_: SimpleNamespace(remote=kind))
+    monkeypatch.setattr(cluster, "_actor", lambda kind, *_, **__: SimpleNamespace(remote=kind))
     config = Config(policy=policy_config(str(short), max_position_embeddings=positions))
     (engine,) = cluster.make_rollout(config, "cpu")._engines
     assert engine._engine_args().get("hf_overrides") == overrides
