@@ -27,6 +27,9 @@ class RewardConfig(Section):
     verifier: str = Field("math_verify", pattern="^(math_verify|recipe_string)$")
     """`math_verify` compares answers as mathematics; `recipe_string` is the recipe's string rule on the last 300
     characters."""
+    compare_rules: bool = True
+    """Ask the rule that does not decide as well, and report where the two differ. math-verify takes the time: by its
+    side the string rule costs nothing, beside the string rule it costs the most."""
     verifier_processes: int = Field(2, ge=1)
     """Worker processes of the rule verifier (and of synchronous user functions)."""
     verifier_timeout_s: float = Field(20.0, gt=0)

@@ -21,6 +21,7 @@ from megatron_fapo.data.records import Sample, Score, ScoredSample
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.judge_function import FunctionJudge
+from megatron_fapo.genrm.rules import OTHER_RULE, RuleResult
 from megatron_fapo.genrm.verdict import Unscored, parse_verdict
 from megatron_fapo.genrm.verifier import Verifier
 from megatron_fapo.observe.stall import WAITS
@@ -156,6 +157,8 @@ class RewardLoop:
         """`scoring/...` and `genrm/...` since the step began; docs/genrm.md lists them."""
         values = dict.fromkeys(("scoring/scored", "scoring/unscored"), 0.0) | self._counters.metrics("scoring")
         values["scoring/flawed_penalty"] = self._penalty
+        if compared := self._counters.counts["rules_compared"]:
+            values["scoring/rule_agreement"] = 1 - self._counters.counts["rules_disagree"] / compared
         values["scoring/in_flight"] = float(sum(map(len, self._pending.values())))
         values["scoring/workers_replaced"] = float(self._verifier.replaced)
         return values | (self._client.metrics() if self._client is not None else {})
@@ -175,6 +178,7 @@ class RewardLoop:
             rule = await self._verifier.verify(sample.text, sample.prompt.ground_truth)
         if isinstance(rule, Unscored):
             return _unscored(rule, None, None, timings)
+        self._compare(rule, timings)
         verdict = None
         if rule.correct and judge and self._client is not None:
             if judging is not None:
@@ -194,6 +198,15 @@ class RewardLoop:
             reward = fapo_reward(rule.correct, verdict is not None and verdict.flawed, self._penalty)
         overlong = self._overlong(sample)
         return Score(reward + overlong, rule.correct, rule.prediction, verdict, overlong, extra=timings)
+
+    def _compare(self, rule: RuleResult, extra: dict[str, Any]) -> None:
+        if rule.other is not None:
+            self._counters.add("rules_compared")
+        if rule.other not in (None, rule.correct):
+            alone = self._config.verifier if rule.correct else OTHER_RULE[self._config.verifier]
+            self._counters.add("rules_disagree")
+            self._counters.add(f"right_by_{alone}_alone")
+            extra[f"right_by_{alone}_alone"] = True
 
     def _score_critique(self, sample: Sample) -> Score:
         """Read as a verdict is read when the critic serves: a critique that is cut or ends on no index is a wrong one.

@@ -10,6 +10,8 @@ class RuleResult(NamedTuple):
     correct: bool
     prediction: str | None
     """The final answer as extracted; None when there is none."""
+    other: bool | None = None
+    """What the rule says that does not decide; None when it was not asked, or gave no answer."""
 
 
 def last_boxed(text: str) -> str | None:
@@ -54,6 +56,11 @@ def recipe_string_rule(solution: str, ground_truth: str) -> RuleResult:
     boxed = last_boxed(solution[-300:])
     prediction = "[INVALID]" if boxed is None else normalize_final_answer(boxed)
     return RuleResult(prediction == normalize_final_answer(ground_truth), prediction)
+
+
+RULES = {"math_verify": math_verify_rule, "recipe_string": recipe_string_rule}
+"""By the words of `reward.verifier`."""
+OTHER_RULE = {"math_verify": "recipe_string", "recipe_string": "math_verify"}
 
 
 # Order matters in all three tables: they are the recipe's (verl's `math_dapo` scoring), which has them from Minerva.

@@ -1,4 +1,4 @@
-"""A solution in parts: every paragraph is judged once under its own index, and no missing part makes the whole sound."""
+"""A solution in parts: each paragraph is judged once under its own index, and no missing part makes the whole sound."""
 
 from __future__ import annotations
 
