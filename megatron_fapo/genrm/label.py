@@ -29,7 +29,7 @@ from megatron_fapo.genrm.labelling import (
     state,
 )
 from megatron_fapo.genrm.rules import RuleResult
-from megatron_fapo.genrm.transport import Answer, Failure, FailureKind, ask, list_models
+from megatron_fapo.genrm.transport import Answer, Cut, Failure, FailureKind, ask, list_models
 from megatron_fapo.genrm.verdict import Unscored
 from megatron_fapo.observe.files import json_line, read_json_lines
 from megatron_fapo.rollout.sampling import sample_seed
@@ -180,7 +180,7 @@ async def sample_from_urls(
         async with places:
             for attempt in range(ATTEMPTS):
                 url = urls[(number + attempt) % len(urls)]
-                outcome = await ask(session, url, body, sampler.request_timeout_s)
+                outcome = await ask(session, url, body, Cut(sampler.request_timeout_s))
                 if isinstance(outcome, Answer) and outcome.finish_reason in ("stop", "length"):
                     text = outcome.critique.encode(errors="replace").decode()
                     return Item(draw.key, text, outcome.completion_tokens)

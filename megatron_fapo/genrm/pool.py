@@ -11,6 +11,7 @@ Invariants, asserted by the tests
 - A WITHDRAWN server gets no request, and what becomes of its last ones changes nothing.
 - No server holds more than `max_concurrent` requests; outstanding counts return to zero when all requests ended.
 - A server that failed this verdict before is not chosen while another usable one exists, even a full one.
+- A server is called silent only while another one answers: when nobody does, the judge is slow and not the server.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ class Server:
     tokens: int = 0
     """Outstanding: prompts and expected critiques."""
     busy_until: float = -math.inf
+    held_since: float = math.inf
+    """Since when it has had requests without a break."""
+    answered_at: float = -math.inf
+    answers: int = 0
+    answered_tokens: int = 0
     down_since: float | None = None
     """Since when it has answered nothing; RECOVERING still counts as down."""
     probe_at: float = math.inf
@@ -95,19 +101,51 @@ class ServerPool:
     def has_room(self, now: float) -> bool:
         return any(self._room(server, now) for server in self.servers.values())
 
-    def choose(self, tried: Collection[str], now: float) -> str | None:
+    def choose(self, tried: Collection[str], now: float, home: str | None = None, saved_tokens: int = 0) -> str | None:
         """The usable server with room and the least outstanding tokens; None: wait.
 
         `tried` are the servers that already failed this verdict: they come into question only when no other is usable.
+        `home` has `saved_tokens` of the prompt in its prefix cache, and may be that much busier than the others.
         """
         usable = [server for server in self.present() if server.state is not State.DEAD]
         candidates = [server for server in usable if server.url not in tried] or usable
         free = [server for server in candidates if self._room(server, now)]
-        return min(free, key=lambda server: (server.tokens, server.requests)).url if free else None
+        if not free:
+            return None
+        return min(free, key=lambda each: (each.tokens - saved_tokens * (each.url == home), each.requests)).url
 
-    def begin(self, url: str, tokens: int) -> None:
-        self.servers[url].requests += 1
-        self.servers[url].tokens += tokens
+    def spare(self, than: Collection[str], now: float) -> str | None:
+        """A server that answers, other than those, with room for a second request beside a slow one."""
+        able = [s for s in self.present() if s.down_since is None and s.url not in than and self._room(s, now)]
+        return min(able, key=lambda server: (server.tokens, server.requests)).url if able else None
+
+    def begin(self, url: str, tokens: int, now: float) -> None:
+        server = self.servers[url]
+        if server.requests == 0:
+            server.held_since = now
+        server.requests += 1
+        server.tokens += tokens
+
+    def silent(self, now: float, limit_s: float) -> list[str]:
+        """The servers that hold requests and have not answered one for `limit_s`, while others answer."""
+        heard = max((server.answered_at for server in self.present()), default=-math.inf)
+        return [
+            server.url
+            for server in self.present()
+            if server.requests
+            and server.state is not State.DEAD
+            and max(server.held_since, server.answered_at) + limit_s < min(now, heard)
+        ]
+
+    def bury(self, url: str, now: float) -> None:
+        """Declares a server dead, whatever it was."""
+        server = self.servers[url]
+        if server.state is State.RECOVERING:
+            server.probe_delay_s = min(2 * server.probe_delay_s, LAST_PROBE_S)
+        server.state = State.DEAD
+        server.probe_at = now + server.probe_delay_s
+        if server.down_since is None:
+            server.down_since = now
 
     def end(self, url: str, tokens: int, effect: Effect, now: float, busy_for_s: float = 0.0) -> None:
         """Accounts for a request that `begin` announced with the same number of tokens."""
@@ -117,17 +155,18 @@ class ServerPool:
         if server.state is State.WITHDRAWN:
             return
         if effect is Effect.ANSWERED:
+            server.answered_at = now
+            server.answers += 1
+            server.answered_tokens += tokens
             server.state, server.failures, server.down_since = State.HEALTHY, 0, None
             server.probe_at, server.probe_delay_s = math.inf, FIRST_PROBE_S
         elif effect is Effect.BUSY:
             server.busy_until = now + busy_for_s
         elif effect in (Effect.FAILED, Effect.GONE) and server.state is not State.DEAD:
             server.failures += 1
-            if server.state is State.RECOVERING:
-                server.probe_delay_s = min(2 * server.probe_delay_s, LAST_PROBE_S)
-                self._bury(server, now)
-            elif effect is Effect.GONE or server.failures >= FAILURES_UNTIL_DEAD:
-                self._bury(server, now)
+            dead = server.state is State.RECOVERING or server.failures >= FAILURES_UNTIL_DEAD
+            if dead or effect is Effect.GONE:
+                self.bury(url, now)
             else:
                 server.state = State.SUSPECT
 
@@ -153,9 +192,3 @@ class ServerPool:
     def _room(self, server: Server, now: float) -> bool:
         limit = {State.DEAD: 0, State.WITHDRAWN: 0, State.RECOVERING: 1}.get(server.state, self._max_concurrent)
         return server.requests < limit and now >= server.busy_until
-
-    def _bury(self, server: Server, now: float) -> None:
-        server.state = State.DEAD
-        server.probe_at = now + server.probe_delay_s
-        if server.down_since is None:
-            server.down_since = now

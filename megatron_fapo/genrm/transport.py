@@ -24,6 +24,10 @@ class FailureKind(StrEnum):
     """Broken off during the request."""
     WITHDRAWN = "withdrawn"
     """Cut short by us: the judge service has moved."""
+    SILENT = "silent"
+    """Cut short by us: the server answered nobody for long, while others did."""
+    CANCELLED = "cancelled"
+    """Cut short by us: another server's answer came first."""
     HTTP_5XX = "http_5xx"
     BUSY = "busy"
     """HTTP 429."""
@@ -42,6 +46,7 @@ class Answer:
     critique: str
     finish_reason: str | None
     completion_tokens: int
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,17 +61,49 @@ _CONTEXT_EXCEEDED = re.compile(r"context.{0,20}length|context window|too long|ma
 _BUSY_DEFAULT_S, _BUSY_MOST_S = 1.0, 30.0
 
 
-async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], timeout_s: float) -> Answer | Failure:
-    """POSTs a chat completion. Cancelling it closes the connection, so that the server stops generating."""
+class Cut:
+    """What may end a request before its answer: its time limit, or whoever knows better and says why."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout, self._open = asyncio.timeout(timeout_s), False
+        self.failure = Failure(FailureKind.TIMEOUT, f"no answer within {timeout_s:g} s")
+
+    def now(self, why: FailureKind, detail: str) -> None:
+        """Does nothing to a request that has not begun, has ended, or is being cut already."""
+        if self._open and not self._timeout.expired():
+            self._open, self.failure = False, Failure(why, detail)
+            self._timeout.reschedule(0)
+
+    async def __aenter__(self) -> Cut:
+        await self._timeout.__aenter__()
+        self._open = True
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self._open = False
+        await self._timeout.__aexit__(*error)
+
+
+async def ask(session: aiohttp.ClientSession, url: str, body: dict[str, Any], cut: Cut) -> Answer | Failure:
+    """POSTs a chat completion."""
+    text = await send(session, "POST", f"{url}/chat/completions", body, cut)
+    return text if isinstance(text, Failure) else _read_completion(text)
+
+
+async def send(
+    session: aiohttp.ClientSession, method: str, url: str, body: dict[str, Any] | None, cut: Cut
+) -> str | Failure:
+    """The text of an answer with HTTP 200. Cancelling or cutting it closes the connection, so that the server stops
+    generating."""
     try:
-        async with asyncio.timeout(timeout_s):
-            async with session.post(f"{url}/chat/completions", json=body) as response:
+        async with cut:
+            async with session.request(method, url, json=body) as response:
                 text = (await response.read()).decode(errors="replace")
-                return _read(response, text)
+                return text if response.status == 200 else _refusal(response, text)
     except aiohttp.ConnectionTimeoutError as error:
         return Failure(FailureKind.NO_CONNECTION, str(error))
     except TimeoutError:
-        return Failure(FailureKind.TIMEOUT, f"no answer within {timeout_s:g} s")
+        return cut.failure
     except aiohttp.ClientConnectorError as error:
         return Failure(FailureKind.GONE, str(error))
     except (aiohttp.ClientError, OSError) as error:
@@ -90,10 +127,8 @@ async def list_models(session: aiohttp.ClientSession, url: str, timeout_s: float
         return f"GET {url}/models answered something that is not a list of models"
 
 
-def _read(response: aiohttp.ClientResponse, text: str) -> Answer | Failure:
+def _refusal(response: aiohttp.ClientResponse, text: str) -> Failure:
     status = response.status
-    if status == 200:
-        return _read_completion(text)
     detail = f"HTTP {status}: {text[:200]}"
     if status == 429:
         return Failure(FailureKind.BUSY, detail, _retry_after_s(response.headers.get("Retry-After", "")))
@@ -109,10 +144,11 @@ def _read_completion(text: str) -> Answer | Failure:
         reply = json.loads(text)
         choice = reply["choices"][0]
         critique = choice["message"]["content"] or ""  # null when a reasoning parser took everything
-        tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+        usage = reply.get("usage") or {}
+        tokens, prompt_tokens = (int(usage.get(name) or 0) for name in ("completion_tokens", "prompt_tokens"))
         if not isinstance(critique, str):
             raise TypeError("content is not text")
-        return Answer(critique, choice.get("finish_reason"), tokens)
+        return Answer(critique, choice.get("finish_reason"), tokens, prompt_tokens)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return Failure(FailureKind.BAD_BODY, f"not a chat completion ({type(error).__name__}): {text[:200]}")
 

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import Verdict
-from megatron_fapo.genrm import client as client_module
-from megatron_fapo.genrm.client import GenRMClient, GenRMUnavailable
+from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.genrm.membership import TICK_S, GenRMUnavailable, PoolEmptyError
 from megatron_fapo.genrm.pool import Effect
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from megatron_fapo.observe.stall import WAITS
@@ -256,19 +256,37 @@ def test_a_dead_server_rejoins() -> None:
     run([always(SOUND)], test)
 
 
-def test_when_every_server_stays_dead_nobody_waits_longer_than_the_deadline() -> None:
+def test_when_every_server_stays_dead_scoring_pauses_with_a_countdown_and_then_ends_as_a_loss(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
         await servers[0].stop()
         started = time.monotonic()
-        outcomes = await asyncio.gather(*(judge(client, number) for number in range(30)))
-        assert {reason(outcome) for outcome in outcomes} <= {Reason.GENRM_UNREACHABLE, Reason.GENRM_DEADLINE}
-        assert time.monotonic() - started < 4.0
+        outcomes = await asyncio.gather(*(judge(client, number) for number in range(30)), return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {PoolEmptyError}, "longer than the deadline of a verdict"
+        assert 1.5 <= time.monotonic() - started < 4.0
+        assert all(error.lost for error in outcomes if isinstance(error, PoolEmptyError)), "a job is worth another try"
         late = time.monotonic()
-        assert reason(await judge(client, 99)) is Reason.GENRM_UNREACHABLE
-        assert time.monotonic() - late < 0.9
+        with pytest.raises(PoolEmptyError, match="none of 1 servers has answered anybody"):
+            await judge(client, 99)
+        assert time.monotonic() - late < 0.5
         await servers[0].start()
 
-    run([always(SOUND)], test, deadline_s=1.0, max_concurrent_per_server=4)
+    run([always(SOUND)], test, deadline_s=0.5, pool_empty_timeout_s=1.5, max_concurrent_per_server=4)
+    assert "NO GENRM SERVER ANSWERS: scoring is paused; in 1 s the run ends" in caplog.text
+
+
+def test_an_outage_of_the_pool_is_not_on_the_clock_of_a_verdict() -> None:
+    async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
+        waiting = [asyncio.create_task(judge(client, number)) for number in range(6)]
+        await asyncio.sleep(0.1)
+        await servers[0].stop()
+        await asyncio.sleep(1.6)
+        assert not any(task.done() for task in waiting), "the deadline of 1 s has passed, but nobody could answer"
+        await servers[0].start()
+        assert all(isinstance(outcome, Verdict) for outcome in await asyncio.gather(*waiting))
+
+    run([always(says("\\boxed{-1}", after_s=0.3))], test, deadline_s=1.2)
 
 
 def test_cancelling_closes_the_request() -> None:
@@ -295,12 +313,12 @@ def test_cancelling_closes_the_request() -> None:
 
 def test_a_place_given_to_someone_just_cancelled_is_given_back() -> None:
     async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
-        url, now = servers[0].url, time.monotonic()
-        client._pool.begin(url, 1)
-        waiting = asyncio.create_task(client._acquire(client._prepare("0" * 64, "q", "2", SOLUTION), retry=False))
+        url, dispatcher = servers[0].url, client._dispatcher
+        held = await dispatcher.enter(set(), 1)
+        waiting = asyncio.create_task(dispatcher.enter(set(), 1))
         await asyncio.sleep(0.01)
-        client._pool.end(url, 1, Effect.NOTHING, now)
-        client._dispatch()
+        dispatcher.leave(held, Effect.NOTHING)
+        assert client._pool.servers[url].requests == 1, "given to the one who waits"
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -361,7 +379,8 @@ def test_a_critique_cut_by_the_context_is_no_verdict() -> None:
         assert reason(await judge(client)) is Reason.GENRM_CONTEXT
         assert len(servers[0].bodies) == 1
 
-    run([always(says("\\boxed{-1}", finish_reason="length"))], test, max_model_len=600)
+    cut = always(says("\\boxed{-1}", finish_reason="length"))
+    run([cut], test, max_model_len=600, long_solutions="unscored")
 
 
 def test_check_reports_every_server_that_cannot_be_used() -> None:
@@ -386,7 +405,7 @@ def test_check_reports_every_server_that_cannot_be_used() -> None:
 
 
 def test_the_tick_is_short_against_the_deadlines_used_here() -> None:
-    assert client_module.TICK_S <= 0.1
+    assert TICK_S <= 0.1
 
 
 def test_a_judge_service_that_is_waited_for_is_named_to_the_stall_alarm(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ import pytest
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.genrm import rendezvous
-from megatron_fapo.genrm.client import GenRMClient, GenRMUnavailable
+from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.genrm.membership import GenRMUnavailable
 from megatron_fapo.genrm.rendezvous import STALE_S, RendezvousError, Service
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from tests.faults.fake_server import FakeServer, hangs, says, status

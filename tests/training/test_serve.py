@@ -21,7 +21,8 @@ from megatron_fapo.data.solutions import write_solution
 from megatron_fapo.data.testbed import Problem, make_problem
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm import rendezvous
-from megatron_fapo.genrm.client import GenRMClient, GenRMUnavailable
+from megatron_fapo.genrm.client import GenRMClient
+from megatron_fapo.genrm.membership import GenRMUnavailable
 from megatron_fapo.processes import Process
 from megatron_fapo.training import serve
 from tests.training.runs import FapoProcess
