@@ -26,6 +26,9 @@ from megatron_fapo.rollout.guard import Guard
 _LOG_LINES = 40
 _POLL_S = 0.2
 _STOP_S = 10.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""A proxy cannot see our nodes. Made once: making one reads the machine's certificates, which took a quarter of a core
+from a server that started."""
 
 
 class ServerStartError(UserError):
@@ -175,9 +178,8 @@ def _model_length(model_path: str) -> int:
 
 
 def _answers(url: str) -> bool:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot see our nodes
     try:
-        with direct.open(url, timeout=5.0) as response:
+        with _DIRECT.open(url, timeout=5.0) as response:
             return response.status == 200
     except (urllib.error.URLError, OSError):
         return False
