@@ -66,6 +66,11 @@ def asks_genrm(c: Config) -> bool:
     return c.genrm.enabled and not others and (c.reward.compute_score is None or c.genrm.named)
 
 
+def judges_take_turns(c: Config) -> bool:
+    """Whether GenRM servers of ours share the engines' GPUs, and judge when the rollout has ended."""
+    return asks_genrm(c) and c.genrm.colocated
+
+
 def samplers(c: Config) -> dict[str, SamplerConfig]:
     """Who writes the solutions that are labelled, by name."""
     return c.labelling.samplers or {"policy": SamplerConfig(model_path=c.policy.model_path)}
@@ -147,6 +152,35 @@ RULES = (
         ("rollout.colocated", "cluster.rollout_nodes"),
         lambda c: c.rollout.colocated and c.cluster.rollout_nodes > 0,
         "colocated engines are on the policy's nodes: set rollout_nodes to 0",
+    ),
+    Rule(
+        ("genrm.colocated", "genrm.servers", "genrm.urls", "genrm.rendezvous"),
+        lambda c: judges_take_turns(c) and (c.genrm.servers == 0 or bool(c.genrm.urls or c.genrm.rendezvous)),
+        "only servers of this run can sleep while it generates: set servers > 0 and leave urls and rendezvous out, or"
+        " set colocated to false",
+    ),
+    Rule(
+        ("genrm.colocated", "cluster.genrm_nodes"),
+        lambda c: judges_take_turns(c) and c.cluster.genrm_nodes > 0,
+        "colocated servers are on the engines' nodes: set genrm_nodes to 0",
+    ),
+    Rule(
+        (
+            *("genrm.colocated", "genrm.servers", "genrm.tensor_parallel"),
+            *("rollout.replicas", "rollout.tensor_parallel"),
+        ),
+        lambda c: (
+            judges_take_turns(c)
+            and c.genrm.servers * c.genrm.tensor_parallel > c.rollout.replicas * c.rollout.tensor_parallel
+        ),
+        "colocated servers have the GPUs of the engines, one server on each: lower servers or their tensor_parallel",
+        ("train", "evaluate"),
+    ),
+    Rule(
+        ("genrm.colocated",),
+        judges_take_turns,
+        "here nobody takes turns with the servers: set it to false",
+        ("label", "serve"),
     ),
     Rule(
         ("rollout.sampling.temperature",),

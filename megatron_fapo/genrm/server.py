@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -29,6 +30,8 @@ _STOP_S = 10.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """A proxy cannot see our nodes. Made once: making one reads the machine's certificates, which took a quarter of a core
 from a server that started."""
+TURN_S = 120.0
+"""For a server to fall asleep or to wake: its weights cross to the host's memory and back."""
 
 
 class ServerStartError(UserError):
@@ -38,6 +41,10 @@ class ServerStartError(UserError):
         """`lost`: a signal ended it or it was too slow, so that another attempt may go well; False: it gave up."""
         super().__init__(message)
         self.lost = lost
+
+
+class ServerTurnError(RuntimeError):
+    """A server did not fall asleep or wake when it was its turn."""
 
 
 class GenRMServer:
@@ -55,6 +62,8 @@ class GenRMServer:
         self._log = Path(log_path)
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: Guard | None = None
+        self._control: socket.socket | None = None
+        self._ordering = threading.Lock()  # answers come in the order of the orders
 
     def options(self) -> list[str]:
         """The command line of `vllm serve` that the configuration amounts to.
@@ -87,6 +96,7 @@ class GenRMServer:
             }
         else:
             values["gpu_memory_utilization"] = config.gpu_memory_utilization
+            values["enable_sleep_mode"] = config.colocated
         if taken := sorted(values.keys() & config.vllm.keys()):
             raise UserError(f"genrm.vllm: {', '.join(taken)} is set by other fields of the configuration; use those")
         return [word for name, value in (values | config.vllm).items() for word in _option(name, value)]
@@ -106,7 +116,10 @@ class GenRMServer:
         with socket.socket() as listener, self._log.open("ab") as log:
             listener.bind((self._host, 0))
             port = listener.getsockname()[1]
-            self._process = process = self._spawn(listener, options, {**environment, **guard.environment}, log)
+            self._control, theirs = socket.socketpair()
+            with theirs:
+                fds = (listener.fileno(), theirs.fileno())
+                self._process = process = self._spawn(fds, options, {**environment, **guard.environment}, log)
         address = f"http://{self._host}:{port}"
         deadline = time.monotonic() + self._config.start_timeout_s
         while not _answers(f"{address}/health"):
@@ -120,16 +133,16 @@ class GenRMServer:
 
     @staticmethod
     def _spawn(
-        listener: socket.socket, options: list[str], environment: dict[str, str], log: IO[bytes]
+        fds: tuple[int, int], options: list[str], environment: dict[str, str], log: IO[bytes]
     ) -> subprocess.Popen[bytes]:
         module = "megatron_fapo.genrm.server_process"
         return subprocess.Popen(
-            [sys.executable, "-m", module, str(listener.fileno()), *options],
+            [sys.executable, "-m", module, *map(str, fds), *options],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=[listener.fileno()],
+            pass_fds=fds,
             start_new_session=True,  # a Ctrl-C in the terminal is the driver's to handle
         )
 
@@ -141,13 +154,45 @@ class GenRMServer:
         """Whether the server's process runs."""
         return self._process is not None and self._process.poll() is None
 
+    def sleep(self) -> None:
+        """Give the memory on the GPU back: weights wait in the host's, the KV cache is dropped, nothing is answered
+        until `wake`. On CPUs vLLM keeps its memory, and stops answering all the same. A server that has ended has none.
+
+        Raises:
+            ServerTurnError: it did not, within TURN_S.
+        """
+        if self.alive():
+            self._order("sleep")
+
+    def wake(self) -> None:
+        """Take the memory again and answer.
+
+        Raises:
+            ServerTurnError: it did not, within TURN_S, or has ended.
+        """
+        self._order("wake")
+
+    def _order(self, order: str) -> None:
+        what = f"the GenRM server did not {order}"
+        if self._control is None:
+            raise ServerTurnError(f"{what}: it was not started")
+        try:
+            with self._ordering, self._control.makefile(encoding="utf-8") as answers:
+                self._control.settimeout(TURN_S)
+                self._control.sendall(f"{order}\n".encode())
+                answer = answers.readline().strip()
+        except OSError as error:
+            raise ServerTurnError(f"{what}: {error}; its log is {self._log}") from error
+        if answer != "done":
+            raise ServerTurnError(f"{what}: {answer or 'it has ended'}; its log is {self._log}")
+
     def stop(self) -> None:
         """Stop the server, politely first; returns when none of its processes is left.
 
         May be called from another thread while `start` waits, which then raises.
         """
-        process, guard = self._process, self._guard
-        self._process = self._guard = None
+        process, guard, control = self._process, self._guard, self._control
+        self._process = self._guard = self._control = None
         if process is not None and process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
@@ -158,6 +203,8 @@ class GenRMServer:
             guard.release()
         if process is not None:
             process.wait()
+        if control is not None:
+            control.close()
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -10,7 +10,7 @@ from itertools import product
 from typing import Any
 
 from megatron_fapo.config.policy import ParallelConfig
-from megatron_fapo.config.root import RULES, Config
+from megatron_fapo.config.root import RULES, Config, judges_take_turns
 from megatron_fapo.errors import UserError
 from megatron_fapo.plan.hardware import GIB, Hardware
 from megatron_fapo.plan.lengths import Lengths, Record
@@ -85,11 +85,12 @@ class Planner:
 
     @property
     def gpus(self) -> dict[str, int]:
-        """Role -> GPUs; colocated engines have none of their own."""
+        """Role -> GPUs; who takes turns has none of its own."""
         c = self.config
         engines = 0 if c.rollout.colocated else c.rollout.replicas * c.rollout.tensor_parallel
         roles = {"train": c.policy.parallel.world_size, "rollout": engines}
-        return roles | ({"genrm": c.genrm.servers * c.genrm.tensor_parallel} if self.judges else {})
+        servers = 0 if judges_take_turns(c) else c.genrm.servers * c.genrm.tensor_parallel
+        return roles | ({"genrm": servers} if self.judges else {})
 
     @cached_property
     def placement(self) -> Placement | UserError:
@@ -207,6 +208,15 @@ class Planner:
                 for phase in self.policy.phases
                 if (total := self.policy.total(phase) + awake.get(phase, asleep)) > memory
             ]
+        if judges_take_turns(c) and self.judges:
+            # Beside the one that is awake, the processes of the others stay.
+            others = (1 + c.rollout.colocated) * self.hardware.rates.context_gib * GIB
+            share = max(c.genrm.gpu_memory_utilization, c.rollout.gpu_memory_utilization)
+            if share * memory + others > memory:
+                found.append(
+                    f"{share:.0%} of a card for vLLM leave less than the {others / GIB:.1f} GiB of the processes that"
+                    " sleep beside it"
+                )
         for role, server in (("an engine", self.engine), ("a GenRM server", self.server)):
             if server is not None and not server.fits:
                 found.append(f"{role}'s KV cache holds {server.kv_tokens} tokens, fewer than its longest sequence")
@@ -248,7 +258,8 @@ class Planner:
         c, (engines, judges) = self.config, self.speeds(samples)
         rule_s = 0.0 if c.reward.task == "critic" else self.hardware.rates.rule_s
         group, processes = c.rollout.samples_per_prompt, c.reward.verifier_processes
-        return simulate(samples, group, engines, judges, rule_s=rule_s, rule_processes=processes)
+        streamed = not judges_take_turns(c)
+        return simulate(samples, group, engines, judges, rule_s=rule_s, rule_processes=processes, streamed=streamed)
 
     @property
     def work(self) -> PolicyWork:
@@ -299,9 +310,9 @@ def alternatives(planner: Planner) -> list[tuple[Planner, Step]]:
     whole = hardware.nodes >= 3
     unit = hardware.gpus_per_node * max(1, hardware.nodes // 8) if whole else max(1, hardware.gpus // 8)
     apart = planner.with_config(
-        changed(planner.config, rollout={"colocated": False}, policy={"offload": False}).model_copy(
-            update={"gpu_share": 1.0}
-        )
+        changed(
+            planner.config, rollout={"colocated": False}, policy={"offload": False}, genrm={"colocated": False}
+        ).model_copy(update={"gpu_share": 1.0})
     )
     policy, rollout = cache(partial(_best_policy, apart, samples)), cache(partial(_best_rollout, apart, samples))
     found = []

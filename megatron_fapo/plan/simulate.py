@@ -80,7 +80,9 @@ class Rollout:
 
 
 @dataclass
-class _Server:
+class Server:
+    """One server; time is passed in."""
+
     speed: Speed
     now: float = 0.0
     progress: float = 0.0
@@ -111,7 +113,7 @@ class _Server:
         return self.now + self.stall + step * left + growth * left * left / 2
 
     def advance(self, to: float) -> None:
-        """Let time pass, up to the end of the next sequence."""
+        """Let time pass, at most to the end of the next sequence."""
         passed, self.now = to - self.now, to
         if not self.running:
             return
@@ -156,6 +158,7 @@ def simulate(
     *,
     rule_s: float,
     rule_processes: int,
+    streamed: bool = True,
 ) -> Rollout:
     """One rollout, everything submitted at its start.
 
@@ -164,15 +167,17 @@ def simulate(
         group: samples of a prompt; the engine reads its prompt once.
         judges: None: right answers are not judged.
         rule_s: seconds of a verifier process for an answer.
+        streamed: judges work while others generate; False: they begin when all answers are checked.
     """
-    pools = [[_Server(engines.speed) for _ in range(engines.count)]]
-    pools.append([_Server(judges.speed) for _ in range(judges.count)] if judges else [])
+    pools = [[Server(engines.speed) for _ in range(engines.count)]]
+    pools.append([Server(judges.speed) for _ in range(judges.count)] if judges else [])
     generated, scored = [math.nan] * len(samples), [math.nan] * len(samples)
     traces: list[list[tuple[float, int]]] = [[], []]
     running = [0, 0]
     events: list[tuple[float, int, int, int, int]] = []  # time, order, pool (2: rule), server or sample, version
     free_rule = [0.0] * rule_processes
-    order = 0
+    order, checked = 0, 0
+    ready: deque[int] = deque()  # right answers that nobody judges yet
 
     def schedule(pool: int, index: int) -> None:
         nonlocal order
@@ -196,17 +201,20 @@ def simulate(
     while events:
         when, _, pool, index, version = heapq.heappop(events)
         if pool == 2:  # the rule is done
-            sample = samples[index]
-            if not (pools[1] and sample.critique):
+            checked += 1
+            if pools[1] and samples[index].critique:
+                ready.append(index)
+            else:
                 scored[index] = when
-                continue
-            target = min(range(len(pools[1])), key=lambda i: pools[1][i].outstanding)
-            server = pools[1][target]
-            server.advance(when)
-            before = len(server.running)
-            solution = sample.prompt + sample.response
-            server.add(index, solution, sample.critique, solution)
-            changed(1, when, before, target)
+            while ready and (streamed or checked == len(samples)):
+                sample = samples[(index := ready.popleft())]
+                target = min(range(len(pools[1])), key=lambda i: pools[1][i].outstanding)
+                server = pools[1][target]
+                server.advance(when)
+                before = len(server.running)
+                solution = sample.prompt + sample.response
+                server.add(index, solution, sample.critique, solution)
+                changed(1, when, before, target)
             continue
         server = pools[pool][index]
         if version != server.version:

@@ -24,6 +24,7 @@ PARTS = PARAMETERS, GRADIENTS, OPTIMIZER = ("parameters", "gradients", "optimize
 
 PLAN: Mapping[str, tuple[str, ...]] = {
     "rollout": (),
+    "judge": (),
     "refit": (PARAMETERS,),
     "logprobs": (PARAMETERS,),
     "train": PARTS,

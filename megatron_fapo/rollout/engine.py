@@ -65,6 +65,7 @@ class RolloutEngine:
         max_positions: int | None = None,
         seed: int = 0,
         log_path: str | None = None,
+        takes_turns: bool = False,
     ) -> None:
         """
         Args:
@@ -75,6 +76,7 @@ class RolloutEngine:
             max_positions: replaces the checkpoint's max_position_embeddings, from which vLLM sizes its RoPE table.
             seed: the run's; seeds samples together with their identity.
             log_path: where this process and vLLM's write their output; None leaves it where it goes.
+            takes_turns: others use its GPUs while it sleeps.
         """
         self.model_path, self.config, self.device, self.dtype = model_path, config, device, dtype
         self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
@@ -87,7 +89,7 @@ class RolloutEngine:
         self._buffers: list[Any] = []  # SharedBuffer: its module imports torch, and the driver this one
         self._paused = False
         self._asleep: set[str] = set()
-        self._frees_memory = config.colocated and device == "gpu"
+        self._frees_memory = takes_turns and device == "gpu"
         self._llm: Any = None
         self._guard: Guard | None = None
 
@@ -148,6 +150,7 @@ class RolloutEngine:
             "max_model_len": self._llm.model_config.max_model_len,
             "kv_cache_tokens": self._kv_cache_tokens(),
             "frees_memory": self._frees_memory,
+            "cards": _cards(self.device),
             "gpus": await self._llm.collective_rpc("refit_device"),
             "start_s": time.monotonic() - began,
         }
@@ -302,17 +305,20 @@ class RolloutEngine:
             self._paused = False
             await self._ask(self._llm.resume_generation())
 
-    async def sleep(self) -> None:
-        """Give the memory of weights and KV cache back. Requests are aborted, and the engine is stale until a refit.
+    async def sleep(self, keep_weights: bool = False) -> None:
+        """Give the memory of weights and KV cache back. Requests are aborted. The weights wait in host memory, or are
+        dropped, and the engine is stale until a refit.
 
         Where vLLM cannot (`frees_memory` of `start`: on CPUs), it stops serving all the same and keeps its memory.
         """
-        self._version.fail()
+        if not keep_weights:
+            self._version.fail()
         async with self._admission:
             self._paused = True
             self._asleep = set(MEMORY)
-            # Level 2 drops the weights, which the refit sends again; level 0 only stops the scheduler.
-            await self._ask(self._llm.sleep(2 if self._frees_memory else 0, mode="abort"))
+            # Level 1 keeps the weights on the host, 2 drops them, 0 only stops the scheduler.
+            level = 0 if not self._frees_memory else 1 if keep_weights else 2
+            await self._ask(self._llm.sleep(level, mode="abort"))
 
     async def wake(self, tags: Sequence[str]) -> None:
         """Take the memory of `tags` (of MEMORY) again: the weights before a refit, the KV cache when the policy has
@@ -320,6 +326,8 @@ class RolloutEngine:
         async with self._admission:
             await self._ask(self._llm.wake_up(list(tags) if self._frees_memory else ["scheduling"]))
             self._asleep -= set(tags)
+            if not self._asleep and self._version.state is EngineState.FRESH:
+                self._paused = False  # its weights were kept
 
     async def begin_refit(self) -> dict[str, float]:
         """Stop serving and make ready for new weights. Returns seconds by phase, as the other steps do.
@@ -444,3 +452,8 @@ class RolloutEngine:
         if self._guard is not None:
             await asyncio.to_thread(self._guard.release)
             self._guard = None
+
+
+def _cards(device: str) -> list[str]:
+    """Ray's ids of the GPUs that this process sees; none on CPUs."""
+    return [] if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

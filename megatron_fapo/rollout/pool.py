@@ -68,6 +68,11 @@ class RolloutPool:
         pairs = zip(self._processes, self._facts, strict=True)
         return [Place(process.node.id, tuple(facts["gpus"])) for process, facts in pairs]
 
+    @property
+    def cards(self) -> list[str]:
+        """Ray's ids of the engines' GPUs, engine after engine, once they are up; none on CPUs."""
+        return [card for facts in self._facts for card in facts["cards"]]
+
     async def _all(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         calls = [self._call(i, method, *args, timeout_s=timeout_s) for i in range(len(self._engines))]
         return await asyncio.gather(*calls)
@@ -250,10 +255,10 @@ class RolloutPool:
         calls = [self._call(i, "abort_refit", timeout_s=ABANDON_S) for i in range(len(self._engines))]
         await asyncio.gather(*calls, return_exceptions=True)  # the refit's own error is the one to report
 
-    async def sleep(self) -> None:
-        """Every engine gives its memory back and serves nothing until `wake` and a refit. One that is gone has none:
-        whatever needs it next reports it."""
-        calls = [self._call(i, "sleep") for i in range(len(self._engines))]
+    async def sleep(self, *, keep_weights: bool = False) -> None:
+        """Every engine gives its memory back and serves nothing until `wake`, and a refit unless its weights are kept
+        in host memory. One that is gone has none: whatever needs it next reports it."""
+        calls = [self._call(i, "sleep", keep_weights) for i in range(len(self._engines))]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, EngineDiedError):
                 log.warning("%s", outcome)

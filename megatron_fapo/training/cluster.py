@@ -12,18 +12,19 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_fapo.config.cluster import ClusterConfig
-from megatron_fapo.config.root import Config, asks_genrm
+from megatron_fapo.config.root import Config, asks_genrm, judges_take_turns
 from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.reward_loop import RewardLoop
-from megatron_fapo.genrm.server import GenRMServer, ServerStartError
+from megatron_fapo.genrm.server import TURN_S, GenRMServer, ServerStartError, ServerTurnError
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 AWAKE = {"rollout": MEMORY, "refit": MEMORY[:1]}
-"""Phase -> what of colocated engines is awake; in other phases nothing is."""
+"""Phase -> what of engines that take turns is awake; in other phases nothing is."""
 _SERVER_POLL_S = 5.0
 _ALIVE_S = 30.0
 """For a server's actor to say that it lives; on a node that hangs it never does."""
@@ -65,26 +66,52 @@ class Cluster:
     refits: int = 0
     awake: tuple[str, ...] = MEMORY
     """What of the engines' memory is not asleep."""
+    judges_awake: bool = True
+    """Whether our GenRM servers are; they sleep if they take turns."""
     memory: dict[str, float] = field(default_factory=dict)
     """Metrics `memory/...` of the phases since `take_memory`."""
 
-    async def enter(self, phase: str) -> None:
-        """Begin a phase of policy.memory.PLAN: who does not work in it makes room, then who does takes it."""
-        assert self.policy is not None
-        awake = AWAKE.get(phase, ())
-        turns = self.rollout is not None and self.config.rollout.colocated
+    async def enter(self, phase: str, *, keep_weights: bool = False) -> None:
+        """Begin a phase of policy.memory.PLAN: who does not work in it makes room, then who does takes it.
+
+        Args:
+            keep_weights: engines that fall asleep keep their weights in host memory, and need no refit.
+
+        Raises:
+            ServerDiedError: a GenRM server did not take its turn.
+        """
+        awake, judges = AWAKE.get(phase, ()), judges_take_turns(self.config)
+        if judges and self.judges_awake and phase != "judge":
+            await self._servers("sleep")
+            self.judges_awake = False
+        turns = self.rollout is not None and (judges or self.config.rollout.colocated)
         if turns and not set(self.awake) <= set(awake):
             assert self.rollout is not None
             if self.awake != MEMORY:  # of a refit that failed: vLLM falls asleep only when all of it is awake
                 await self.enter("rollout")
-            await self.rollout.sleep()
+            await self.rollout.sleep(keep_weights=keep_weights)
             self.awake = ()
-        for name, value in (await self.policy.enter(phase)).items():
-            self.memory[f"memory/{name}"] = value
+        if self.policy is not None:
+            for name, value in (await self.policy.enter(phase)).items():
+                self.memory[f"memory/{name}"] = value
+        # Said before it is done: who is cut short in waking may be awake, and is put to sleep again.
         if turns and self.awake != awake:
             assert self.rollout is not None
-            await self.rollout.wake([tag for tag in awake if tag not in self.awake])
-            self.awake = awake
+            asleep, self.awake = [tag for tag in awake if tag not in self.awake], awake
+            await self.rollout.wake(asleep)
+        if judges and phase == "judge" and not self.judges_awake:
+            self.judges_awake = True
+            await self._servers("wake")
+
+    def judges_turn(self, *, keep_weights: bool = False) -> Callable[[], Awaitable[None]] | None:
+        """What has colocated servers judge when a rollout has ended; None: they judge meanwhile."""
+        return partial(self.enter, "judge", keep_weights=keep_weights) if judges_take_turns(self.config) else None
+
+    async def _servers(self, order: str) -> None:
+        """All GenRM servers of ours `sleep` or `wake`."""
+        began = time.monotonic()
+        await asyncio.gather(*map(partial(_turn, order), self.genrm_processes, self.genrm_servers))
+        self.memory[f"memory/servers_{order}_s"] = time.monotonic() - began
 
     @property
     def serving(self) -> bool:
@@ -194,6 +221,11 @@ async def launch(
             cluster.rollout = make_rollout(config, device, placed.engines, cards)
             stack.push_async_callback(cluster.rollout.shutdown)
             starting.append(cluster.rollout.start(0, timeout_s=config.rollout.start_timeout_s))
+        turns = rollout and not judges_only and judges_take_turns(config)
+        if turns:
+            await _all(starting)
+            starting = []
+            await cluster.enter("judge", keep_weights=not policy)  # the servers start on what the engines have left
         if rollout or judges_only:
             starting.append(_start_scoring(config, cluster, stack, placed.servers, loop=not judges_only))
         if device == "gpu" and config.gpu_share < 1 and not _kv_caches_are_set(config):
@@ -202,6 +234,8 @@ async def launch(
                 await each
         else:  # importing vLLM and megatron takes most of the time
             await _all(starting)
+        if turns and not policy:
+            await cluster.enter("rollout")
         yield cluster
 
 
@@ -343,6 +377,7 @@ def make_rollout(
             max_positions=config.policy.max_position_embeddings,
             seed=config.seed,
             log_path=path,
+            takes_turns=config.rollout.colocated or judges_take_turns(config),
         )
         for path, node, mine in zip(logs, nodes, cards or [()] * len(nodes), strict=True)
     ]
@@ -359,10 +394,13 @@ async def _start_genrm(
     if genrm.model_path is not None:  # actors have working directories of their own
         genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
     stack.push_async_callback(_stop_servers, cluster.genrm_servers)
+    gpus = genrm.tensor_parallel
+    shared = cluster.rollout.cards if cluster.rollout is not None and judges_take_turns(config) else []
     for index, node in enumerate(nodes):
         path = Path(config.run_dir).resolve() / "logs" / f"genrm-{index}.log"
         # Two at once, so that a stop can reach a server that is still starting.
-        kind = _actor(GenRMServer, config, device, node, genrm.tensor_parallel, concurrency=2)
+        cards = shared[index * gpus : (index + 1) * gpus]
+        kind = _actor(GenRMServer, config, device, node, gpus, concurrency=2, cards=cards)
         host = node.address if os.environ.get("RAY_ADDRESS") else "127.0.0.1"
         options = {"device": device, "dtype": choose_dtype("auto", device), "log_path": str(path), "host": host}
         cluster.genrm_servers.append(kind.remote(genrm, **options))
@@ -386,6 +424,23 @@ async def _start_server(process: Process, actor: Any) -> str:
         raise await _server_died(process, error) from error
     WAITS.processes[url] = process
     return url
+
+
+async def _turn(order: str, process: Process, actor: Any) -> None:
+    """Have a server `sleep` or `wake`. One that is gone holds no memory: whatever needs it next reports it."""
+    try:
+        with WAITS.on(f"genrm.{order}", process):
+            await asyncio.wait_for(getattr(actor, order).remote(), TURN_S + _ALIVE_S)
+    except TimeoutError:
+        raise ServerDiedError(process, f"did not {order} within {TURN_S + _ALIVE_S:g} s", lost=True) from None
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ServerTurnError):
+            raise ServerDiedError(process, f"did not {order}", lost=True, detail=str(cause)) from None
+        died = await _server_died(process, error)
+        if order == "wake" or not died.lost:
+            raise died from error
+        log.warning("%s", died)
 
 
 async def _how_ended(process: Process, actor: Any) -> ServerDiedError | None:

@@ -69,9 +69,13 @@ async def sample_set(config: Config, cluster: Cluster, name: str, prompts: tuple
         sampling=SamplingConfig(temperature=cfg.temperature, top_p=cfg.top_p),
         max_tokens=config.rollout.max_response_tokens,
     )
-    judged = cluster.reward.score_stream(stream, judge=config.genrm.judge_eval)
+    turn = cluster.judges_turn(keep_weights=True) if config.genrm.judge_eval else None
+    judged = cluster.reward.score_stream(stream, judge=config.genrm.judge_eval, turn=turn)
     async with contextlib.aclosing(judged) as scored:
-        return make_groups([(prompt, 0) for prompt in prompts], [each async for each in scored])
+        groups = make_groups([(prompt, 0) for prompt in prompts], [each async for each in scored])
+    if turn is not None:
+        await cluster.enter("rollout")
+    return groups
 
 
 def set_metrics(config: Config, name: str, groups: list[Group]) -> dict[str, float]:

@@ -213,7 +213,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
 
 
 async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> list[Group]:
-    """All samples of the step, each scored from the moment it is finished."""
+    """All samples of the step, each scored from the moment it is finished; by colocated judges, when all are."""
     assert cluster.rollout is not None
     assert cluster.reward is not None
     cfg, total = config.rollout, len(taken) * config.rollout.samples_per_prompt
@@ -237,7 +237,8 @@ async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> l
         max_tokens=cfg.max_response_tokens,
     )
     scored: list[ScoredSample] = []
-    async with contextlib.aclosing(cluster.reward.score_stream(counted(stream))) as results:
+    judged = cluster.reward.score_stream(counted(stream), turn=cluster.judges_turn())
+    async with contextlib.aclosing(judged) as results:
         async for each in results:
             scored.append(each)
             counts["scored" if each.score.unscored_reason is None else "unscored"] += 1

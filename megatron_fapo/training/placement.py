@@ -2,8 +2,8 @@
 
 Invariants, asserted by the tests: every rank, engine and server has exactly one node of its role; consecutive policy
 ranks fill nodes in the order of the allocation, tensor groups whole; engines and servers are spread as evenly as the
-nodes have room, colocated engines excepted, which are where their policy ranks are; on GPUs no node holds more than its
-cards.
+nodes have room, colocated ones excepted, which are where their policy ranks or engines are; on GPUs no node holds more
+than its cards.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_fapo.config.cluster import ClusterConfig
-from megatron_fapo.config.root import Config, asks_genrm
+from megatron_fapo.config.root import Config, asks_genrm, judges_take_turns
 from megatron_fapo.errors import UserError
 from megatron_fapo.processes import Node
 
@@ -76,14 +76,17 @@ def place(config: Config, nodes: Sequence[Node], device: str, *, policy: bool, r
     room = _Room(nodes, config.gpu_share, counted=device == "gpu")
     problems: list[str] = []
     at = _share(train, ranks, tensor) if train and not room.counted else _fill(room, train, ranks, tensor, problems)
-    gpus = config.rollout.tensor_parallel
-    placement = Placement(
-        at,
-        _beside(at, engines, gpus, room.counted, problems)
-        if policy and config.rollout.colocated
-        else _spread(room, generate, engines, gpus, "rollout.replicas", problems),
-        _spread(room, judge, servers, config.genrm.tensor_parallel, "genrm.servers", problems),
-    )
+    gpus, server_gpus = config.rollout.tensor_parallel, config.genrm.tensor_parallel
+    if policy and config.rollout.colocated:
+        beside = _beside(at, engines, gpus, room.counted, "rollout.colocated: engine", problems)
+    else:
+        beside = _spread(room, generate, engines, gpus, "rollout.replicas", problems)
+    if engines and judges_take_turns(config):
+        cards = [node for node in beside for _ in range(gpus)]
+        asked = _beside(cards, servers, server_gpus, room.counted, "genrm.colocated: server", problems)
+    else:
+        asked = _spread(room, judge, servers, server_gpus, "genrm.servers", problems)
+    placement = Placement(at, beside, asked)
     if room.counted and config.gpu_share < 1 and ranks > 1:
         problems.append(
             f"gpu_share={config.gpu_share:g} with {ranks} policy ranks: NCCL refuses two ranks on one card; share "
@@ -145,14 +148,14 @@ def _share(nodes: Sequence[Node], ranks: int, tensor: int) -> tuple[Node, ...]:
     return tuple(nodes[rank // tensor * len(nodes) // groups] for rank in range(ranks))
 
 
-def _beside(ranks: Sequence[Node], count: int, gpus: int, counted: bool, problems: list[str]) -> tuple[Node, ...]:
-    """Colocated engines: each has the cards of the next `gpus` policy ranks."""
-    groups = [ranks[i * gpus : (i + 1) * gpus] for i in range(count)]
+def _beside(
+    cards: Sequence[Node], count: int, gpus: int, counted: bool, what: str, problems: list[str]
+) -> tuple[Node, ...]:
+    """Who takes turns with others: each has the next `gpus` of the `cards`, which are given by their nodes."""
+    groups = [cards[i * gpus : (i + 1) * gpus] for i in range(count)]
     torn = [i for i, group in enumerate(groups) if len({node.id for node in group}) > 1]
     if counted and torn:
-        problems.append(
-            f"rollout.colocated: engine {torn[0]} would be on several nodes, as its policy ranks; lower its size"
-        )
+        problems.append(f"{what} {torn[0]} would be on several nodes, as those whose GPUs it shares; lower its size")
     return tuple(group[0] for group in groups if group)
 
 

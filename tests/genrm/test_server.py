@@ -11,7 +11,7 @@ import pytest
 
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.errors import UserError
-from megatron_fapo.genrm.server import GenRMServer, ServerStartError
+from megatron_fapo.genrm.server import GenRMServer, ServerStartError, ServerTurnError
 from megatron_fapo.rollout.guard import tagged_pids
 
 
@@ -53,7 +53,23 @@ def test_server_answers_and_stops_without_a_trace(checkpoint, tmp_path):
     for ask in asks:
         ask.join()
     post(f"{url}/chat/completions", body)
+
+    server.sleep()
+    late: list[dict] = []
+    ask = threading.Thread(target=lambda: late.append(post(f"{url}/chat/completions", body)))
+    ask.start()
+    ask.join(1.0)
+    assert late == [], "a server that sleeps answers nobody"
+    server.wake()
+    ask.join()
+    assert late[0]["choices"][0]["message"] == first["message"]
     assert len(tagged_pids(tag)) >= 2, "API server and engine core"
+    server.sleep()
+    server._process.kill()
+    server._process.wait()
+    server.sleep()  # it holds nothing
+    with pytest.raises(ServerTurnError, match="did not wake"):
+        server.wake()
     server.stop()
     assert tagged_pids(tag) == []
     assert not server.alive()

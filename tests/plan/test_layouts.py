@@ -153,3 +153,16 @@ def test_the_slowest_data_rank_sets_the_time() -> None:
         work.times(samples(*[1000] * 5)),
     )  # two data ranks: one sample each, then three and two
     assert five.train_s - work.update_s() == pytest.approx(3 * (two.train_s - work.update_s()))
+
+
+def test_colocated_servers_have_no_cards_of_their_own_and_judge_after_the_rollout() -> None:
+    own = ("fapo_7b.yaml", "4x8xH100", "cluster.genrm_nodes=0", "cluster.rollout_nodes=3", "genrm.servers=8")
+    beside = make_planner(*own, "rollout.replicas=16")
+    turns = make_planner(*own, "rollout.replicas=16", "genrm.colocated=true", "genrm.gpu_memory_utilization=0.85")
+    assert turns.problems() == []
+    assert turns.gpus == beside.gpus | {"genrm": 0}
+    streamed, after = (each.rollout(each.drawn()) for each in (beside, turns))
+    assert min(after.scored[i] for i, s in enumerate(turns.drawn()) if s.critique) > after.generation_s
+    assert after.tail_s > streamed.tail_s
+    full = make_planner(*own, "rollout.replicas=16", "genrm.colocated=true", "genrm.gpu_memory_utilization=0.99")
+    assert any("99% of a card for vLLM leave less than" in problem for problem in full.problems())

@@ -115,6 +115,17 @@ def test_judging_overlaps_with_generation() -> None:
     assert run(samples, Stage(1, FREE)).tail_s == 0.0
 
 
+def test_judging_can_wait_for_the_last_answer() -> None:
+    samples = [SimSample(0, length, critique=length) for length in (10, 20, 200)]
+    result = simulate(samples, 1, Stage(1, FREE), Stage(1, FREE), rule_s=1.0, rule_processes=1, streamed=False)
+    assert result.generated == pytest.approx([10.0, 20.0, 200.0])
+    assert result.scored == pytest.approx([211.0, 221.0, 401.0])
+    alone = simulate(
+        [SimSample(0, 5)] * 2, 1, Stage(1, FREE), Stage(1, FREE), rule_s=1.0, rule_processes=1, streamed=False
+    )
+    assert alone.scored == [6.0, 7.0]
+
+
 def test_a_critique_goes_to_the_server_with_the_fewest_outstanding_tokens() -> None:
     # The last critique finds one server busy with 1,000 tokens, the other done with all of its 600 and 300.
     samples = [SimSample(0, n, critique) for n, critique in ((1, 1000), (2, 600), (650, 300), (960, 10))]

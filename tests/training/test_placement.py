@@ -11,6 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from megatron_fapo.config.cluster import ClusterConfig
+from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
 from megatron_fapo.processes import Node
@@ -137,6 +138,26 @@ def test_colocated_engines_are_where_their_policy_ranks_are_and_take_no_room() -
     # Without the policy, as for an evaluation, they need GPUs of their own.
     alone = place(colocated((1, 1, 2), (2, 1)), make_nodes("", gpus=2), "gpu", policy=False, rollout=True, genrm=True)
     assert indices(alone.engines) == [0, 0]
+
+
+def test_colocated_servers_have_the_cards_of_the_engines_and_take_no_room() -> None:
+    def config(engines: tuple[int, int], servers: tuple[int, int], **top: Any) -> Config:
+        made = make_config((1, 1, 1), engines, servers, **top)
+        return made.model_copy(update={"genrm": made.genrm.model_copy(update={"colocated": True})})
+
+    nodes = make_nodes("train", "rollout", "rollout")
+    plan = placed(config((4, 4), (16, 1)), nodes)
+    assert (indices(plan.engines), indices(plan.servers)) == ([1, 1, 2, 2], [1] * 8 + [2] * 8)
+    assert indices(placed(config((16, 1), (3, 4)), nodes).servers) == [1, 1, 2]
+    with pytest.raises(UserError, match=r"genrm.colocated: server 1 would be on several nodes"):
+        placed(config((12, 1), (3, 4)), make_nodes("train", "rollout", "rollout", gpus=6))
+    both = colocated((1, 1, 2), (2, 1))
+    servers = GenRMConfig(colocated=True, model_path="genrm", servers=2)
+    all_three = placed(both.model_copy(update={"genrm": servers}), make_nodes("", gpus=2))
+    assert [len(each) for each in (all_three.policy, all_three.engines, all_three.servers)] == [2, 2, 2]
+    # Where no engine is started, as for a judge service, nobody has cards to share.
+    alone = place(config((1, 1), (8, 1)), make_nodes(""), "gpu", policy=False, rollout=False, genrm=True)
+    assert len(alone.servers) == 8
 
 
 ROLE_SETS = st.sampled_from(["train", "rollout", "genrm", "train rollout genrm"])
