@@ -43,12 +43,15 @@ class PolicyActor:
         self.sender: Any = None
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 will listen: this node's address and a free port."""
+        """Where rank 0 listens: this node's address and a port."""
         import ray
+        from torch.distributed import TCPStore
 
-        with socket.socket() as s:
-            s.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(s.getsockname()[1])
+        here = ray.util.get_node_ip_address()
+        # Held from now on, and found by `join` in this process: a port that is merely free may be another's connection
+        # by the time that megatron has been imported.
+        self._store = TCPStore(here, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        return here, self._store.port
 
     def join(
         self, rank: Rank, cfg: PolicyConfig, algorithm: AlgorithmConfig, options: dict[str, Any]

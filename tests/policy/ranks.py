@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import socket
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import OptimizerConfig, ParallelConfig, PolicyConfig
@@ -20,11 +21,14 @@ from megatron_fapo.policy.packing import CostModel, schedule_for
 from megatron_fapo.policy.parallel import Rank
 from megatron_fapo.policy.worker import PolicyWorker
 
+_stores: list[TCPStore] = []
+
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port where rank 0, if it is this process, will listen. It is held: one that is merely free may be a connection's
+    by then."""
+    _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True))
+    return _stores[-1].port
 
 
 def _serve(rank: int, pipe: Connection) -> None:
@@ -36,13 +40,17 @@ def _serve(rank: int, pipe: Connection) -> None:
             job = pipe.recv()
         except EOFError:  # the tests are gone
             return
+        if job is None:
+            pipe.send_bytes(pickle.dumps(free_port()))
+            continue
         function, args, world, port = job
         try:
-            answer = True, function(Rank(rank, world, "127.0.0.1", port), *args)
+            # By value: `Connection.send` would share the memory of each tensor, which this process then had to keep.
+            answer = pickle.dumps((True, function(Rank(rank, world, "127.0.0.1", port), *args)))
         except BaseException:
-            answer = False, traceback.format_exc()
-        # By value: `send` would share the memory of each tensor, by a file descriptor that this process must hand over.
-        pipe.send_bytes(pickle.dumps(answer))
+            answer = pickle.dumps((False, traceback.format_exc()))
+        pipe.send_bytes(answer)
+        _stores.clear()
 
 
 class Ranks:
@@ -53,14 +61,23 @@ class Ranks:
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def _start(self, world: int) -> None:
         while len(self.processes) < world:
             here, there = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(len(self.processes), there))
             process.start()
             self.processes.append(process)
             self.pipes.append(here)
-        port = free_port()
+
+    def port(self) -> int:
+        """For another process group within the next `run`."""
+        self._start(1)
+        self.pipes[0].send(None)
+        return int(pickle.loads(self.pipes[0].recv_bytes()))
+
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        self._start(world)
+        port = self.port()
         for pipe in self.pipes[:world]:
             pipe.send((function, args, world, port))
         results: list[Any] = []

@@ -1,13 +1,17 @@
-"""Ranks on several nodes talk through the interface of their node's Ray address, or through the user's."""
+"""Where rank 0 listens; ranks on several nodes talk through the interface of their node's Ray address, or a user's."""
 
 from __future__ import annotations
 
 import logging
 import os
+import socket
+from pathlib import Path
 
 import pytest
+import torch
 
-from megatron_fapo.policy.actor import use_interface_of
+from megatron_fapo.policy import actor
+from megatron_fapo.policy.actor import PolicyActor, use_interface_of
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
@@ -36,3 +40,13 @@ def test_an_address_that_no_interface_has_changes_nothing_and_is_said(caplog: py
         use_interface_of("192.0.2.1")
     assert not any(name in os.environ for name in NAMES)
     assert "192.0.2.1" in caplog.text
+
+
+def test_rank_0s_port_is_nobody_elses_until_it_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor, "setup_logging", lambda *_: None)
+    first = PolicyActor(str(tmp_path), 0)
+    address, port = first.address()
+    with socket.socket() as another, pytest.raises(OSError, match="in use"):
+        another.bind(("", port))
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=0, world_size=1)
+    torch.distributed.destroy_process_group()
