@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_fapo.genrm.rules import last_boxed, math_verify_rule, normalize_final_answer, recipe_string_rule
+from megatron_fapo.genrm.rules import (
+    RuleResult,
+    last_boxed,
+    math_verify_rule,
+    normalize_final_answer,
+    recipe_string_rule,
+)
 
 
 def test_the_last_box_with_its_braces() -> None:
@@ -36,10 +42,10 @@ def test_normalisation(answer: str, normal: str) -> None:
 
 
 def test_the_recipe_rule_reads_the_last_300_characters() -> None:
-    assert recipe_string_rule("so \\boxed{1,234}" + "." * 200, "1234") == (True, "1234")
-    assert recipe_string_rule("so \\boxed{1234}" + "." * 300, "1234") == (False, "[INVALID]")
-    assert recipe_string_rule("so \\boxed{0.5}", "\\frac{1}{2}") == (False, "0.5")
-    assert recipe_string_rule("so \\boxed{12", "12") == (False, "[INVALID]")
+    assert recipe_string_rule("so \\boxed{1,234}" + "." * 200, "1234") == RuleResult(True, "1234")
+    assert recipe_string_rule("so \\boxed{1234}" + "." * 300, "1234") == RuleResult(False, "[INVALID]")
+    assert recipe_string_rule("so \\boxed{0.5}", "\\frac{1}{2}") == RuleResult(False, "0.5")
+    assert recipe_string_rule("so \\boxed{12", "12") == RuleResult(False, "[INVALID]")
 
 
 @pytest.mark.parametrize(
@@ -68,6 +74,6 @@ def test_math_verify_compares_the_box_as_mathematics(box: str, truth: str, right
 
 
 def test_math_verify_reads_nothing_but_the_last_box() -> None:
-    assert math_verify_rule("The answer is $18$.", "18") == (False, None)
-    assert math_verify_rule("\\boxed{18}, no, \\boxed{19}", "18") == (False, "19")
-    assert math_verify_rule("\\boxed{19}, and the answer is $18$", "18") == (False, "19")
+    assert math_verify_rule("The answer is $18$.", "18") == RuleResult(False, None)
+    assert math_verify_rule("\\boxed{18}, no, \\boxed{19}", "18") == RuleResult(False, "19")
+    assert math_verify_rule("\\boxed{19}, and the answer is $18$", "18") == RuleResult(False, "19")
