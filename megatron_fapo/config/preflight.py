@@ -11,7 +11,7 @@ from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.config.root import Config, Purpose, asks_genrm, samplers
 from megatron_fapo.device import choose_device, choose_dtype
 from megatron_fapo.errors import UserError
-from megatron_fapo.genrm.user_function import COMPUTE_SCORE, JUDGE_FUNCTION, load_function
+from megatron_fapo.genrm.user_function import COMPUTE_SCORE, JUDGE_FUNCTION, ROUTER, accepts, load_function, offers
 from megatron_fapo.observe.loggers import logger_problems
 from megatron_fapo.policy.hf_config import layout_problems, read_model_shape
 
@@ -139,13 +139,19 @@ def _tokenizer_problems(root: Path, vocab_size: int) -> list[str]:
 
 def _function_problems(config: Config) -> list[str]:
     problems, reward = [], config.reward
+    offered = offers(config.genrm, servers=config.genrm.named)
     for path, role, kwargs in (
         (reward.compute_score, COMPUTE_SCORE, reward.compute_score_kwargs),
         (config.genrm.judge_function, JUDGE_FUNCTION, None),
     ):
         try:
             if path is not None:
-                load_function(path, role, kwargs)
+                function = load_function(path, role, kwargs, offered)
+                if role is COMPUTE_SCORE and offered and not accepts(function, ROUTER):
+                    problems.append(
+                        f"reward.compute_score = {path!r} does not accept {ROUTER}, and nobody else would ask the GenRM"
+                        " that `genrm` names: set genrm.enabled=false"
+                    )
         except UserError as error:
             problems.append(str(error))
     return problems

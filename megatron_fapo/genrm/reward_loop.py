@@ -11,17 +11,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from megatron_fapo.algorithm.reward import critic_reward, fapo_reward, overlong_penalty, step_ratio_reward
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.data.paragraphs import split_paragraphs
-from megatron_fapo.data.records import Sample, Score, ScoredSample
+from megatron_fapo.data.records import JudgeRequest, Sample, Score, ScoredSample
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.counters import Counters
+from megatron_fapo.genrm.gateway import Gateway
 from megatron_fapo.genrm.judge_function import FunctionJudge
 from megatron_fapo.genrm.rules import OTHER_RULE, RuleResult
+from megatron_fapo.genrm.user_function import ROUTER, offers
 from megatron_fapo.genrm.verdict import Unscored, parse_verdict
 from megatron_fapo.genrm.verifier import Verifier
 from megatron_fapo.observe.stall import WAITS
@@ -41,7 +44,8 @@ class RewardLoop:
         max_in_flight: int = 4096,
         warn_after_s: float = 60.0,
     ) -> None:
-        """`urls` are all servers of the pool, ours and external; unused when the GenRM is off or a function scores.
+        """`urls` are all servers of the pool, ours and external; unused when the GenRM is off, or a function scores
+        without asking for them.
 
         Raises UserError when `reward.compute_score` cannot be used.
         """
@@ -49,12 +53,15 @@ class RewardLoop:
         self._max_response_tokens = max_response_tokens
         self._max_in_flight = max_in_flight
         self._warn_after_s = warn_after_s
-        self._verifier = Verifier(reward)
+        offered = offers(genrm, servers=bool(urls or genrm.rendezvous))
+        self._verifier = Verifier(reward, offered, genrm.model_path)
+        self._gateway = Gateway(urls, genrm) if ROUTER in self._verifier.given else None
         self._penalty = reward.flawed_penalty_at(1)
         self._client: GenRMClient | FunctionJudge | None = None
         if genrm.enabled and reward.compute_score is None and reward.task == "policy":
             path = genrm.judge_function
             self._client = GenRMClient(urls, genrm) if path is None else FunctionJudge(path)
+        self._judges = self._client or self._gateway
         self._counters = Counters()
         self._pending: dict[str, dict[object, tuple[Sample, float]]] = {}
         self._warner: asyncio.Task[None] | None = None
@@ -69,8 +76,8 @@ class RewardLoop:
     async def start(self) -> None:
         """Starts the verifier's workers and checks every server; see VerifierUnavailable and GenRMUnavailable."""
         try:
-            if self._client is not None:
-                await self._client.check()
+            if self._judges is not None:
+                await self._judges.check()
             if self._config.task == "policy":
                 await self._verifier.start()
         except BaseException:
@@ -88,7 +95,7 @@ class RewardLoop:
         if self._config.task == "critic":
             score = self._score_critique(sample)
         elif self._config.compute_score is not None:
-            score = await self._score_by_function(sample)
+            score = await self._score_by_function(sample, judging)
         else:
             score = await self._score_by_rule(sample, judge, judging)
         self._counters.add("scored" if score.unscored_reason is None else "unscored")
@@ -150,8 +157,8 @@ class RewardLoop:
         """Starts the metrics anew, forgets the judgements that identical samples share, and sets the step's lambda."""
         self._counters.clear()
         self._penalty = self._config.flawed_penalty_at(step)
-        if self._client is not None:
-            self._client.begin_step()
+        if self._judges is not None:
+            self._judges.begin_step()
 
     def metrics(self) -> dict[str, float]:
         """`scoring/...` and `genrm/...` since the step began; docs/genrm.md lists them."""
@@ -161,15 +168,15 @@ class RewardLoop:
             values["scoring/rule_agreement"] = 1 - self._counters.counts["rules_disagree"] / compared
         values["scoring/in_flight"] = float(sum(map(len, self._pending.values())))
         values["scoring/workers_replaced"] = float(self._verifier.replaced)
-        return values | (self._client.metrics() if self._client is not None else {})
+        return values | (self._judges.metrics() if self._judges is not None else {})
 
     async def close(self) -> None:
         """Ends requests, connections and worker processes."""
         if self._warner is not None:
             self._warner.cancel()
             await asyncio.gather(self._warner, return_exceptions=True)
-        if self._client is not None:
-            await self._client.close()
+        if self._judges is not None:
+            await self._judges.close()
         await self._verifier.close()
 
     async def _score_by_rule(self, sample: Sample, judge: bool, judging: asyncio.Event | None) -> Score:
@@ -219,14 +226,22 @@ class RewardLoop:
         prediction = None if predicted is None else str(predicted)
         return Score(reward + overlong, right, prediction, None, overlong, extra={"total_steps": total})
 
-    async def _score_by_function(self, sample: Sample) -> Score:
+    async def _score_by_function(self, sample: Sample, judging: asyncio.Event | None) -> Score:
         timings: dict[str, Any] = {}
+        if judging is not None and self._gateway is not None:
+            await judging.wait()
+        history: tuple[JudgeRequest, ...] = ()
         with self._stage("compute_score", sample, timings):
-            user = await self._verifier.compute_score(sample)
+            if self._gateway is None:
+                user = await self._verifier.compute_score(sample)
+            else:
+                async with self._gateway.visit(str(sample.key)) as visit:
+                    user = await self._verifier.compute_score(sample, visit)
+                user, history = visit.failed or user, tuple(visit.history)
         if isinstance(user, Unscored):
-            return _unscored(user, None, None, timings)
-        overlong = self._overlong(sample)
-        return Score(user.score + overlong, user.correct, user.prediction, None, overlong, extra=timings | user.extra)
+            return _unscored(replace(user, history=history), None, None, timings)
+        overlong, extra = self._overlong(sample), timings | user.extra
+        return Score(user.score + overlong, user.correct, user.prediction, None, overlong, None, extra, history)
 
     def _overlong(self, sample: Sample) -> float:
         return overlong_penalty(len(sample.token_ids), self._max_response_tokens, self._config.overlong)
@@ -262,4 +277,4 @@ class RewardLoop:
 
 def _unscored(why: Unscored, correct: bool | None, prediction: str | None, timings: dict[str, Any]) -> Score:
     extra = timings | {"unscored_detail": why.detail}
-    return Score(None, correct, prediction, unscored_reason=why.reason.value, extra=extra)
+    return Score(None, correct, prediction, unscored_reason=why.reason.value, extra=extra, judging=why.history)

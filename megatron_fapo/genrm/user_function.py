@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -9,9 +10,12 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_fapo.errors import UserError
+
+if TYPE_CHECKING:  # the worker processes do without
+    from megatron_fapo.config.genrm import GenRMConfig
 
 Function = Callable[..., Any]
 
@@ -28,12 +32,44 @@ class UserScore(NamedTuple):
 
 COMPUTE_SCORE = "reward.compute_score", ("data_source", "solution_str", "ground_truth", "extra_info")
 JUDGE_FUNCTION = "genrm.judge_function", ("question", "ground_truth", "solution")
+ROUTER, TOKENIZER = "reward_router_address", "reward_model_tokenizer"
+"""Keywords that a compute_score gets when it accepts them and the run has them: the `host:port` of an HTTP server that
+asks the GenRM, and the GenRM's tokenizer."""
+_REMEDIES = {
+    ROUTER: "name the GenRM that it asks: genrm.model_path, genrm.urls or genrm.rendezvous, with genrm.enabled=true",
+    TOKENIZER: "set genrm.model_path to the GenRM's checkpoint, or to a folder with its tokenizer",
+}
 
 
-def load_function(path: str, role: tuple[str, Sequence[str]], kwargs: Mapping[str, Any] | None = None) -> Function:
+def offers(genrm: GenRMConfig, *, servers: bool) -> tuple[str, ...]:
+    """What a run has for its compute_score. `servers`: whether it has any to ask."""
+    if not (genrm.enabled and servers):
+        return ()
+    return (ROUTER,) if genrm.model_path is None else (ROUTER, TOKENIZER)
+
+
+def accepts(function: Function, keyword: str) -> bool:
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def load_tokenizer(path: str) -> Any:
+    """The GenRM's tokenizer as functions of the recipe expect it."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    # They send what it returns as token ids: a list until transformers 5, which makes it a dict unless asked.
+    tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, return_dict=False)
+    return tokenizer
+
+
+def load_function(
+    path: str, role: tuple[str, Sequence[str]], kwargs: Mapping[str, Any] | None = None, offered: Sequence[str] = ()
+) -> Function:
     """The function at `package.module:function` or `path/file.py:function`.
 
-    `role` is the configuration field that names it and the keywords it is called with, beside `kwargs`.
+    `role` is the configuration field that names it and the keywords it is called with, beside those of `offered` that
+    it accepts, and `kwargs`, which hold over both.
     Raises UserError, with the remedy, when it is missing, not callable, or cannot be called so.
     """
     module_path, _, name = path.rpartition(":")
@@ -49,13 +85,16 @@ def load_function(path: str, role: tuple[str, Sequence[str]], kwargs: Mapping[st
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{where}: {module_path} has no function {name!r}: name one that it defines")
+    given = dict.fromkeys([*keywords, *(each for each in offered if accepts(function, each))]) | dict(kwargs or {})
     try:
-        inspect.signature(function).bind(**dict.fromkeys(keywords), **(kwargs or {}))
+        inspect.signature(function).bind(**given)
     except TypeError as error:
         extra = f" and the keys of {field}_kwargs" if kwargs is not None else ""
-        raise UserError(
-            f"{where} cannot be called ({error}): it must accept {', '.join(keywords)}{extra} as keywords"
-        ) from error
+        remedy = f"it must accept {', '.join(keywords)}{extra} as keywords"
+        wanted = inspect.signature(function).parameters.values()
+        lacks = [each.name for each in wanted if each.name not in given and each.default is each.empty]
+        remedy = "; ".join(_REMEDIES[name] for name in lacks if name in _REMEDIES) or remedy
+        raise UserError(f"{where} cannot be called ({error}): {remedy}") from error
     return function
 
 

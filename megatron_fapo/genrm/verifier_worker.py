@@ -1,7 +1,8 @@
 """The child process of the verifier: `python -m megatron_fapo.genrm.verifier_worker <pid of the parent>`.
 
-Reads pickled requests from stdin and writes JSON replies to stdout, each after its length. Imports nothing heavy before
-it knows what it is for. Dies with its parent, in whatever state either is.
+Reads pickled requests from stdin and writes JSON replies to stdout, each after its length: one for each thing that is
+asked about a sample, so that what was found is known when the next hangs. Imports nothing heavy before it knows what it
+is for. Dies with its parent, in whatever state either is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,15 @@ import traceback
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from megatron_fapo.genrm.user_function import COMPUTE_SCORE, describe_error, load_function, read_score
+from megatron_fapo.genrm.user_function import (
+    COMPUTE_SCORE,
+    ROUTER,
+    TOKENIZER,
+    describe_error,
+    load_function,
+    load_tokenizer,
+    read_score,
+)
 
 HEADER_BYTES = 8
 RULE_MEMORY_BYTES = 8 << 30
@@ -31,33 +40,39 @@ def main() -> None:
         return
     requests, replies = _take_over_pipes()
     try:
-        answer = _handler(_receive(requests))
-        answer(None)  # imports and caches are paid for here, not under the first sample's deadline
+        answers = _handlers(_receive(requests))
+        for answer in answers:
+            answer(None)  # imports and caches are paid for here, not under the first sample's deadline
     except Exception:
         _send(replies, {"error": traceback.format_exc()})
         return
     _send(replies, {})
     while (request := _receive(requests)) is not None:
-        try:
-            reply = answer(request)
-        except Exception as error:
-            reply = {"error": describe_error(error)}
-        _send(replies, reply)
+        for answer in answers:
+            try:
+                reply = answer(request)
+            except Exception as error:
+                reply = {"error": describe_error(error)}
+            _send(replies, reply)
 
 
-def _handler(setup: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
-    """Request -> reply; the request None is the warm-up."""
+def _handlers(setup: dict[str, Any]) -> list[Callable[[Any], dict[str, Any]]]:
+    """Request -> reply, one for each reply; the request None is the warm-up."""
     if setup["compute_score"] is None:
         from megatron_fapo.genrm import rules
 
         _limit_memory()
-        rule = {"math_verify": rules.math_verify_rule, "recipe_string": rules.recipe_string_rule}[setup["verifier"]]
         warm_up = ("so $\\boxed{\\frac{2}{4}}$", "1/2")
-        return lambda request: rule(*(request or warm_up))._asdict()
 
-    kwargs = setup["kwargs"]
-    function = load_function(setup["compute_score"], COMPUTE_SCORE, kwargs)
-    return lambda request: read_score(function(**request, **kwargs))._asdict() if request else {}
+        def handler(name: str) -> Callable[[Any], dict[str, Any]]:
+            return lambda request: rules.RULES[name](*(request or warm_up))._asdict()
+
+        return [handler(name) for name in setup["rules"]]
+
+    tokenizer = {} if setup["tokenizer"] is None else {TOKENIZER: load_tokenizer(setup["tokenizer"])}
+    given = tokenizer | setup["kwargs"]
+    function = load_function(setup["compute_score"], COMPUTE_SCORE, given, (ROUTER,))
+    return [lambda request: read_score(function(**request | given))._asdict() if request else {}]
 
 
 def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:

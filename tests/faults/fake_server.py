@@ -75,6 +75,13 @@ def with_context(limit: int, tokens_of: Callable[[str], int]) -> Behaviour:
     return behave
 
 
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Waits for what a busy machine may do late. Raises TimeoutError."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 class FakeServer:
     def __init__(self, script: Script, max_model_len: int | None = 32768, model: str = MODEL) -> None:
         self.script = script
@@ -94,6 +101,7 @@ class FakeServer:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._complete)
+        app.router.add_post("/v1/completions", self._complete)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
