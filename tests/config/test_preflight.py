@@ -83,7 +83,7 @@ def test_a_complete_run_has_no_problems(good):
         ("rollout.max_response_tokens=385", "= 513"),
         ("reward.compute_score=absent.py:f", "No such file"),
         ("reward.compute_score=json:dupms", "json has no function 'dupms'"),
-        ("reward.compute_score=tests.genrm.test_verifier:compute_score", "does not accept reward_router_address"),
+        ("reward.compute_score=tests.genrm.recipe_functions:rule_only", "does not accept reward_router_address"),
         ("genrm.judge_function=json:dumps", "it must accept question, ground_truth, solution as keywords"),
     ],
 )

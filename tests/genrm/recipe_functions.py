@@ -39,6 +39,10 @@ def calls_it_flawed(critique):
         return False
 
 
+def rule_only(data_source, solution_str, ground_truth, extra_info):
+    return 1.0 if rule(solution_str, ground_truth)[0] else -1.0
+
+
 async def baseline(solution_str, ground_truth, **kwargs):
     correct, pred = rule(solution_str, ground_truth)
     return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}
