@@ -29,10 +29,10 @@ from megatron_fapo.genrm.deadlines import Deadlines
 from megatron_fapo.genrm.dispatch import Dispatcher
 from megatron_fapo.genrm.membership import Membership
 from megatron_fapo.genrm.pool import Server, ServerPool
-from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages
+from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages, windows_of
 from megatron_fapo.genrm.transport import Failure, FailureKind
 from megatron_fapo.genrm.verdict import Reason, Unscored, parse_verdict
-from megatron_fapo.genrm.windows import Window, combine, plan_windows
+from megatron_fapo.genrm.windows import Window, combine
 from megatron_fapo.observe.stall import WAITS
 
 log = logging.getLogger(__name__)
@@ -242,20 +242,22 @@ class GenRMClient:
         tagged = self._config.prompt_form == "tagged"
         finding = await self._critique(case, asked, whole, len(asked.paragraphs) if tagged else None, vote)
         context = self._members.smallest_context()
-        if not _too_long(finding) or context is None or not tagged or self._config.long_solutions != "window":
+        if not _too_long(finding) or context is None or self._config.long_solutions != "window":
             return finding
-        frame = len(judge_messages(asked.question, asked.ground_truth, "x", "tagged")[0]["content"])
-        room = max(context - self._config.max_tokens, context // 2) * CHARS_PER_TOKEN - frame
-        room = min(room, sum(map(len, asked.paragraphs)) - 1)  # one window would be the whole again
+        if not tagged:
+            return Unscored(Reason.GENRM_CONTEXT, "too long, and the raw form has no indices to judge it in parts by")
+        budget = max(context - self._config.max_tokens, context // 2) * CHARS_PER_TOKEN
+        budget = min(budget, len(whole[0]["content"]) - 1)  # one window would be the whole again
         for _ in range(_WINDOW_HALVINGS):
-            windows = plan_windows(asked.paragraphs, int(room), self._config.window_overlap)
+            overlap = self._config.window_overlap
+            windows = windows_of(asked.question, asked.ground_truth, asked.solution, int(budget), overlap)
             if windows is None:
-                return Unscored(Reason.GENRM_CONTEXT, f"no windows of {room:.0f} characters hold its paragraphs")
+                return Unscored(Reason.GENRM_CONTEXT, f"prompts of {budget:.0f} characters cannot hold its paragraphs")
             self._counters.add("windows", len(windows))
             finding = await self._in_windows(case, asked, windows, vote)
             if not _too_long(finding):
                 break
-            room /= 2
+            budget /= 2
         return finding
 
     async def _in_windows(
