@@ -32,8 +32,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 """How often due probes, silent servers and an empty pool are looked for."""
 PROBE_TIMEOUT_S = 5.0
-COUNTDOWN_S = 15.0
-"""How often a pause of the scoring is announced."""
+PAUSE_S, COUNTDOWN_S = 1.0, 15.0
+"""After how long a pause of the scoring is announced, and how often then."""
 
 
 class GenRMUnavailable(UserError):
@@ -197,7 +197,7 @@ class Membership:
             whom = Process("genrm", 0)
             what = f"none of {len(self._pool.present())} servers has answered anybody for {now - since:.0f} s"
             self._lost(PoolEmptyError(whom, what, lost=True))
-        elif now - self._announced >= COUNTDOWN_S:
+        elif now - max(self._announced, since) >= (COUNTDOWN_S if self._announced else PAUSE_S):
             self._announced = now
             states = ", ".join(f"{server.url} {server.state.value}" for server in self._pool.present()) or "none known"
             text = "NO GENRM SERVER ANSWERS: scoring is paused; in %.0f s the run ends, with everything saved (%s)"

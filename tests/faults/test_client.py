@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from megatron_fapo.genrm.membership import TICK_S, GenRMUnavailable, PoolEmptyEr
 from megatron_fapo.genrm.pool import Effect
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from megatron_fapo.observe.stall import WAITS
-from tests.faults.fake_server import FakeServer, Script, body, breaks_off, hangs, says, status, with_context
+from tests.faults.fake_server import FakeServer, Script, body, breaks_off, hangs, says, status, until, with_context
 
 SOUND = says("Fine. \\boxed{-1}")
 SOLUTION = "First 1+1=2.\n\nSo \\boxed{2}."
@@ -273,20 +274,20 @@ def test_when_every_server_stays_dead_scoring_pauses_with_a_countdown_and_then_e
         await servers[0].start()
 
     run([always(SOUND)], test, deadline_s=0.5, pool_empty_timeout_s=1.5, max_concurrent_per_server=4)
-    assert "NO GENRM SERVER ANSWERS: scoring is paused; in 1 s the run ends" in caplog.text
+    assert re.search(r"NO GENRM SERVER ANSWERS: scoring is paused; in \d s the run ends", caplog.text)
 
 
 def test_an_outage_of_the_pool_is_not_on_the_clock_of_a_verdict() -> None:
     async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
         waiting = [asyncio.create_task(judge(client, number)) for number in range(6)]
-        await asyncio.sleep(0.1)
+        await until(lambda: servers[0].open == 6)
         await servers[0].stop()
-        await asyncio.sleep(1.6)
-        assert not any(task.done() for task in waiting), "the deadline of 1 s has passed, but nobody could answer"
+        await asyncio.sleep(2.5)
+        assert not any(task.done() for task in waiting), "the deadline has passed, but nobody could answer"
         await servers[0].start()
         assert all(isinstance(outcome, Verdict) for outcome in await asyncio.gather(*waiting))
 
-    run([always(says("\\boxed{-1}", after_s=0.3))], test, deadline_s=1.2)
+    run([always(says("\\boxed{-1}", after_s=0.6))], test, deadline_s=2.0)
 
 
 def test_cancelling_closes_the_request() -> None:

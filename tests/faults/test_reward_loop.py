@@ -16,12 +16,14 @@ import pytest
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import OverlongConfig, RewardConfig
 from megatron_fapo.data.records import Sample, Score
-from megatron_fapo.genrm.client import GenRMUnavailable
+from megatron_fapo.genrm.membership import GenRMUnavailable
 from megatron_fapo.genrm.reward_loop import RewardLoop
 from tests.faults.fake_server import Behaviour, FakeServer, Script, body, breaks_off, hangs, says, status
 from tests.genrm.samples import make_sample
 
-REWARD = RewardConfig(verifier="recipe_string", verifier_processes=1, overlong=OverlongConfig(buffer_tokens=4))
+REWARD = RewardConfig(
+    verifier="recipe_string", compare_rules=False, verifier_processes=1, overlong=OverlongConfig(buffer_tokens=4)
+)
 PATIENT = GenRMConfig(deadline_s=60.0, request_timeout_s=60.0, max_tokens=512)
 GENRM = GenRMConfig(deadline_s=3.0, request_timeout_s=0.5, max_tokens=512)
 RIGHT, WRONG = "1+1=2\n\n\\boxed{2}", "\\boxed{3}"
@@ -156,7 +158,7 @@ def test_under_chaos_every_sample_comes_out_once_and_none_as_sound() -> None:
         async for scored in loop.score_stream(source()):
             assert scored.sample.key.prompt_id not in scores, "scored twice"
             scores[scored.sample.key.prompt_id] = scored.score
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 60
         await breaking
         assert set(scores) == {sample.key.prompt_id for sample in samples}
         for sample in samples:
