@@ -25,8 +25,8 @@ _stores: list[TCPStore] = []
 
 
 def free_port() -> int:
-    """A port where rank 0, if it is this process, will listen. It is held: one that is merely free may be a connection's
-    by then."""
+    """A port where rank 0, if it is this process, will listen. It is held: a merely free one may be a connection's by
+    then."""
     _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True))
     return _stores[-1].port
 
