@@ -1,91 +1,129 @@
-"""The reward loop's own cost per sample: rule in a worker, GenRM request, score.
+"""The GenRM pool beside what the peers use, when all is well and when it is not.
 
-    python benchmarks/reward_loop.py --samples 16384 --in-flight 4096
+    python benchmarks/reward_loop.py --json FILE                    # all systems, all cases, one real vLLM: 20 minutes
+    python benchmarks/reward_loop.py --quick --json FILE            # fewer problems
+    python benchmarks/reward_loop.py --systems megatron_fapo --cases tail --json FILE
+    python benchmarks/reward_loop.py --own-cost --problems 16384 --in-flight 4096    # what scoring costs our process
 
-The GenRM is a local process that answers at once, so what is left is ours. `cpu` is the CPU time of the loop's process
-alone; the server and the verifier's worker compete with it for the machine's cores. Half of the samples are right.
+Systems: `megatron_fapo` (our client, straight to the servers); `verl_naive_router` (the router of verl's reward loop,
+run from its package) and `vllm_router`, each with a reward function before it that behaves as FAPO's published one.
+Four simulated judges (judges/problems.py: what they are calibrated to) stand for the servers. A problem is *lost* when
+it has no score when its case ends, and *wrong* when its score says sound of a flawed solution or the reverse. Seconds
+are of the verdicts that came.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
+import json
+import os
+import platform
+import resource
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-from aiohttp import web
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megatron_fapo.config.genrm import GenRMConfig
-from megatron_fapo.config.reward import RewardConfig
-from megatron_fapo.data.records import Prompt, Sample, SampleKey
-from megatron_fapo.genrm.reward_loop import RewardLoop
+from benchmarks.judges.cases import CASES, Outcome, row, run_case
+from benchmarks.judges.own_cost import own_cost
+from benchmarks.judges.peers import peer_versions
+from benchmarks.judges.problems import P50_S, make_problem
+from benchmarks.judges.real_vllm import CASE as REAL_VLLM
+from benchmarks.judges.real_vllm import real_vllm
+from benchmarks.judges.systems import SYSTEMS, Servers, Setting, VllmRouter, make_system
+from megatron_fapo.errors import UserError
 
-SOLUTION = "\n\n".join(["We add the two numbers and carry on as before, as the problem asks us to do here."] * 40)
-
-
-async def serve() -> None:
-    """Answers every request at once; prints its port."""
-    choice = {"index": 0, "message": {"role": "assistant", "content": "Sound. \\boxed{-1}"}, "finish_reason": "stop"}
-
-    async def complete(request: web.Request) -> web.Response:
-        await request.read()
-        return web.json_response({"choices": [choice], "usage": {"completion_tokens": 5}})
-
-    async def models(_request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "genrm", "max_model_len": 32768}]})
-
-    app = web.Application()
-    app.add_routes([web.get("/v1/models", models), web.post("/v1/chat/completions", complete)])
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    print(runner.addresses[0][1], flush=True)
-    await asyncio.Event().wait()
+SERVERS, WARM_UP = 4, 100
 
 
-async def samples(count: int) -> AsyncIterator[Sample]:
-    for index in range(count):
-        prompt = Prompt(f"bench/{index}", "bench", (), "2", f"What is 1+1? ({index})")
-        text = f"{SOLUTION}\n\n\\boxed{{{2 if index % 2 else 3}}}"
-        yield Sample(SampleKey(prompt.prompt_id, 0, 0), prompt, (0,) * 500, (0.0,) * 500, text, "stop", 0)
+async def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
+    """Every case, the systems in turn, in another order each time; one row for each of both."""
+    runs: defaultdict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    servers = Servers(SERVERS, setting.slots)
+    try:
+        for repeat in range(args.repeats):
+            problems = [make_problem(repeat, number) for number in range(WARM_UP + args.problems)]
+            for case in args.cases:
+                for place in range(len(args.systems)):
+                    name = args.systems[(place + repeat) % len(args.systems)]
+                    system = make_system(name, setting)
+                    outcome = await run_case(case, system, servers, setting, problems, args.in_flight, repeat)
+                    runs[name, case].append(outcome)
+                    say(row(name, case, [outcome]))
+    finally:
+        servers.close()
+    return [row(name, case, runs[name, case]) for case in args.cases for name in args.systems]
 
 
-async def measure(count: int, in_flight: int, verifier: str, judge: bool, url: str) -> None:
-    reward = RewardConfig.model_validate({"verifier": verifier, "verifier_processes": 1})
-    async with RewardLoop(reward, GenRMConfig(), [url], 1024, max_in_flight=in_flight) as loop:
-        wall, cpu, handed_on = time.perf_counter(), time.process_time(), 0
-        async for scored in loop.score_stream(samples(count), judge=judge):
-            assert scored.score.reward is not None
-            handed_on += 1
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    assert handed_on == count
-    what = f"{verifier} + GenRM for half" if judge else f"{verifier} alone"
+def say(values: dict[str, Any]) -> None:
+    cpu = " ".join(f"{name} {ms:.2f}" for name, ms in values["cpu_ms_per_verdict"].items())
+    shown = [f"{values[name]:8.3f}" if values[name] is not None else "       -" for name in ("p50_s", "p99_s")]
     print(
-        f"{what:32} {count / wall:8.0f} samples/s  {1e6 * wall / count:6.0f} us wall  {1e6 * cpu / count:6.0f} us cpu"
+        f"{values['case']:10} {values['system']:18} {values['verdicts_per_s']:8.1f} {' '.join(shown)} "
+        f"{values['lost']:6} {values['wrong']:6} {values['requests_per_verdict']:8.2f}   {cpu}",
+        flush=True,
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16384)
-    parser.add_argument("--in-flight", type=int, default=4096)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        asyncio.run(serve())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="rows, settings and versions")
+    parser.add_argument("--quick", action="store_true", help="600 problems for a case, once")
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--cases", nargs="+", default=[*CASES, REAL_VLLM], choices=[*CASES, REAL_VLLM])
+    parser.add_argument("--problems", type=int, help="for each case and repetition (2000)")
+    parser.add_argument("--repeats", type=int, help="with other problems each time (2)")
+    parser.add_argument("--in-flight", type=int, default=48, help="verdicts under way at any time")
+    parser.add_argument("--slots", type=int, default=16, help="requests that a server works on at once")
+    parser.add_argument(
+        "--p50-ms", type=float, default=1e3 * P50_S, help="of a judge; every other time is scaled along"
+    )
+    parser.add_argument("--own-cost", action="store_true", help="what scoring a sample costs our process, nothing else")
+    args = parser.parse_args()
+    args.problems = args.problems or (600 if args.quick else 2000)
+    args.repeats = args.repeats or (1 if args.quick else 2)
+    if args.own_cost:
+        own_cost(args.problems, args.in_flight)
         return
-    server = subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE, text=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # a connection for each problem in the burst
+    setting = Setting(args.p50_ms / 1e3, args.slots)
+    began, load = time.time(), os.getloadavg()[0]
     try:
-        assert server.stdout is not None
-        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        for verifier in ("recipe_string", "math_verify"):
-            for judge in (False, True):
-                asyncio.run(measure(arguments.samples, arguments.in_flight, verifier, judge, url))
-    finally:
-        server.kill()
-        server.wait()
+        versions = peer_versions() if set(args.systems) != {"megatron_fapo"} else {}
+        head = (
+            f"{'case':10} {'system':18} {'1/s':>8} {'p50 s':>8} {'p99 s':>8} {'lost':>6} {'wrong':>6} {'requests':>8}"
+        )
+        print(f"{head}   CPU ms per verdict", flush=True)
+        with_vllm = REAL_VLLM in args.cases
+        args.cases = [case for case in args.cases if case != REAL_VLLM]
+        rows = asyncio.run(compare(args, setting)) if args.cases else []
+        if with_vllm:
+            for found in real_vllm(args.systems, 60 if args.quick else 300):
+                rows.append(found)
+                say(found)
+    except UserError as error:
+        sys.exit(f"{error}")
+    if args.json:
+        settings = {
+            "servers": SERVERS,
+            "slots": args.slots,
+            "in_flight": args.in_flight,
+            "p50_s": setting.p50_s,
+            "request_timeout_s": setting.request_timeout_s,
+            "deadline_s": setting.deadline_s,
+            "vllm_router": VllmRouter.OPTIONS | {"request-timeout-secs": round(setting.request_timeout_s)},
+            "versions": versions | {name: version(name) for name in ("aiohttp", "megatron_fapo")},
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load:.1f} before",
+        }
+        lines = ",\n".join(json.dumps(found | {"settings": settings}) for found in rows)
+        args.json.write_text(f"[\n{lines}\n]\n")
+        print(f"{len(rows)} rows in {args.json}, after {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":
