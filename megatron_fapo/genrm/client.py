@@ -157,6 +157,11 @@ class GenRMClient:
         values["genrm/queued"] = float(self._dispatcher.waiting)
         return values
 
+    @property
+    def counters(self) -> Counters:
+        """For whoever looks on; not to be changed."""
+        return self._counters
+
     def servers(self) -> list[Server]:
         """The pool's servers as they are now, for whoever looks on; not to be changed."""
         return self._pool.present()
@@ -224,7 +229,7 @@ class GenRMClient:
         index, finding = decision
         if self._config.votes > 1:
             self._counters.add("votes", ballot.cast)
-            self._counters.observe("agreement", ballot.agreement())
+            self._counters.share("agreement", ballot.agreement())
         return Verdict(
             index,
             finding.critique,
@@ -325,8 +330,7 @@ def _too_long(finding: _Finding | Unscored) -> bool:
 async def _cancel(tasks: Sequence[asyncio.Task[Any]] | set[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _seed(key: str, vote: int, window: int) -> int:
