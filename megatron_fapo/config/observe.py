@@ -45,3 +45,11 @@ class ObserveConfig(Section):
     prometheus_port: int | None = Field(None, ge=0, lt=65536)
     """Serve the metrics of the newest step, and the GenRM's live, to Prometheus on this port of the driver; 0: any free
     one, named in the log. None: off."""
+    prometheus_host: str = "127.0.0.1"
+    """The address that it is served on. 0.0.0.0 for a Prometheus on another node; whoever reaches the node then reads
+    along."""
+    drift_window: int = Field(50, ge=0)
+    """Steps whose median is what is usual of the judging (docs/metrics.md#drift); alarms are about what departs from
+    it. 0: none."""
+    drift_threshold: float = Field(8.0, gt=0)
+    """Accumulated departure, in units of the usual spread, that is an alarm; lower ones come sooner and more often."""

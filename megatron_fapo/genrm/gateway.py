@@ -95,7 +95,8 @@ class Gateway:
         urls = [url.rstrip("/") for url in urls]
         self._pool = ServerPool(urls, config.max_concurrent_per_server)
         self._dispatcher = Dispatcher(self._pool)
-        self._counters, self._latencies = Counters(), Latencies()
+        self.counters = self._counters = Counters()
+        self._latencies = Latencies()
         self._deadlines = Deadlines(config.deadline_s)
         self._members = Membership(
             urls,

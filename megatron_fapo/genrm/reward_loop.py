@@ -18,7 +18,7 @@ from megatron_fapo.algorithm.reward import critic_reward, fapo_reward, overlong_
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import RewardConfig
 from megatron_fapo.data.paragraphs import split_paragraphs
-from megatron_fapo.data.records import JudgeRequest, Sample, Score, ScoredSample
+from megatron_fapo.data.records import JudgeRequest, Sample, SampleKey, Score, ScoredSample
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.gateway import Gateway
@@ -27,6 +27,7 @@ from megatron_fapo.genrm.rules import OTHER_RULE, RuleResult
 from megatron_fapo.genrm.user_function import ROUTER, offers
 from megatron_fapo.genrm.verdict import Unscored, parse_verdict
 from megatron_fapo.genrm.verifier import Verifier
+from megatron_fapo.observe.prometheus import LIVE, Live
 from megatron_fapo.observe.stall import WAITS
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class RewardLoop:
             await self.close()
             raise
         self._warner = asyncio.create_task(self._warn(), name="reward loop warner")
+        LIVE.offer(self.live)
 
     async def score(self, sample: Sample, *, judge: bool = True, judging: asyncio.Event | None = None) -> Score:
         """The score of one sample. `judge=False` leaves the GenRM out: right answers count as sound. The GenRM is not
@@ -107,7 +109,7 @@ class RewardLoop:
     async def score_stream(
         self, samples: AsyncIterator[Sample], *, judge: bool = True, turn: Callable[[], Awaitable[None]] | None = None
     ) -> AsyncGenerator[ScoredSample]:
-        """Scores every sample from the moment it arrives, and yields each as soon as it is scored.
+        """Scores every sample once, from the moment it arrives, and yields each as soon as it is scored.
 
         At most `max_in_flight` samples are taken and not yet handed on; then `samples` has to wait. An error of
         `samples` or of the scoring itself (not of a sample: that is unscored) ends the stream. Nothing runs on after
@@ -130,8 +132,12 @@ class RewardLoop:
             return ScoredSample(sample, await self.score(sample, judge=judge, judging=judging))
 
         async def take_all() -> None:
+            keys: set[SampleKey] = set()
             await places.acquire()
             async for sample in samples:
+                if sample.key in keys:
+                    raise ValueError(f"sample {sample.key} came twice")
+                keys.add(sample.key)
                 begin(score_one(sample))
                 if judging is None:
                     await places.acquire()
@@ -153,6 +159,11 @@ class RewardLoop:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
+    def set_servers(self, urls: Sequence[str]) -> None:
+        """The pool's servers, a judge service's excepted, are at these base URLs now."""
+        if isinstance(self._judges, GenRMClient | Gateway):
+            self._judges.set_servers(urls)
+
     def begin_step(self, step: int = 1) -> None:
         """Starts the metrics anew, forgets the judgements that identical samples share, and sets the step's lambda."""
         self._counters.clear()
@@ -170,8 +181,21 @@ class RewardLoop:
         values["scoring/workers_replaced"] = float(self._verifier.replaced)
         return values | (self._judges.metrics() if self._judges is not None else {})
 
+    def live(self) -> Live:
+        """What is going on, for whoever looks on."""
+        counters = {"scoring": self._counters}
+        if isinstance(self._judges, GenRMClient | Gateway):
+            counters["genrm"] = self._judges.counters
+            servers = {
+                server.url: {"requests": server.requests, "tokens": server.tokens, "alive": server.down_since is None}
+                for server in self._judges.servers()
+            }
+            return Live(self.metrics(), counters, servers)
+        return Live(self.metrics(), counters, {})
+
     async def close(self) -> None:
         """Ends requests, connections and worker processes."""
+        LIVE.withdraw(self.live)
         if self._warner is not None:
             self._warner.cancel()
             await asyncio.gather(self._warner, return_exceptions=True)
@@ -203,8 +227,8 @@ class RewardLoop:
             reward = step_ratio_reward(rule.correct, first_wrong, len(split_paragraphs(sample.text)))
         else:
             reward = fapo_reward(rule.correct, verdict is not None and verdict.flawed, self._penalty)
-        overlong = self._overlong(sample)
-        return Score(reward + overlong, rule.correct, rule.prediction, verdict, overlong, extra=timings)
+        overlong, history = self._overlong(sample), () if verdict is None else verdict.history
+        return Score(reward + overlong, rule.correct, rule.prediction, verdict, overlong, None, timings, history)
 
     def _compare(self, rule: RuleResult, extra: dict[str, Any]) -> None:
         if rule.other is not None:

@@ -1,4 +1,4 @@
-"""Metric records for TensorBoard, W&B and MLflow: the same that metrics.jsonl has. No logger stops or slows a run.
+"""Metric records for TensorBoard, W&B, MLflow and Prometheus: those of metrics.jsonl. No logger stops or slows a run.
 
 Each logger has a thread and a bounded queue. When the queue is full, the newest record is dropped; when a logger
 fails, the record is lost to it. Both are counted, said once when it begins and summed up at the end; metrics.jsonl has
@@ -29,6 +29,7 @@ from megatron_fapo.config.observe import ObserveConfig
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
 from megatron_fapo.observe.files import write_atomically
+from megatron_fapo.observe.prometheus import Prometheus
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,8 @@ def open_sinks(config: Config, resume_step: int | None) -> list[Sink]:
         sinks.append(Wandb(config, run_dir, ids))
     if cfg.mlflow.enabled:
         sinks.append(MLflow(config, run_dir, ids))
+    if cfg.prometheus_port is not None:
+        sinks.append(Prometheus(cfg.prometheus_host, cfg.prometheus_port))
     return sinks
 
 

@@ -21,9 +21,10 @@ from megatron_fapo.data.cursor import DataCursor
 from megatron_fapo.data.datasets import load_prompts
 from megatron_fapo.data.records import Group, Sample, ScoredSample
 from megatron_fapo.errors import CheckpointError, UserError
+from megatron_fapo.observe.drift import DriftWatch
 from megatron_fapo.observe.log import setup_logging
 from megatron_fapo.observe.loggers import Loggers
-from megatron_fapo.observe.metrics import MetricsWriter
+from megatron_fapo.observe.metrics import MetricsWriter, read_metrics
 from megatron_fapo.observe.progress import Progress
 from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import write_samples
@@ -59,6 +60,9 @@ class Run:
         self.between_steps = True
         """False while the policy is being updated: its weights are then no step's."""
         self.phases: dict[str, float] = {}
+        self.drift = DriftWatch(config.observe.drift_window, config.observe.drift_threshold)
+        for record in read_metrics(self.dir):
+            self.drift.add(record)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -75,7 +79,10 @@ class Run:
         metrics = metrics | self.phases | {"phase_s/total": sum(self.phases.values())}
         metrics["observe/stalls"], WAITS.stalls = float(WAITS.stalls), 0
         self.phases = {}
-        self.writer.write(step, metrics)
+        alarms, said = self.drift.add(metrics)
+        for each in said:
+            log.warning("drift: %s", each)
+        self.writer.write(step, metrics | alarms)
         if step:
             self.progress.step(metrics)
 
