@@ -78,7 +78,7 @@ def with_context(limit: int, tokens_of: Callable[[str], int]) -> Behaviour:
 async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Waits for what a busy machine may do late. Raises TimeoutError."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -99,6 +99,7 @@ class FakeServer:
     async def start(self) -> FakeServer:
         """On a free port the first time, on the same port when it comes back."""
         app = web.Application()
+        app.router.add_get("/health", self._models)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
