@@ -35,12 +35,12 @@ _FORMS = {
 
 # Words that are special tokens of model families in angle and in square brackets, with or without a slash.
 _ANGLED = (
-    r"s|(?i:[bep]os|eo[adehpst]|sop|pad|unk|cls|sep|mask|think|seed:\w{1,40}|mask:\d{1,4}|(?:start|end)_of_\w{1,20}"
-    r"|(?:tool|arg|fim|reserved|unused|special|extra_id)_?\w{1,40}|\w{1,20}_(?:token|start|end))"
+    r"s|(?i:[bep]os|eo[adehpst]|sop|pad|unk|cls|sep|mask|think|image|audio|video|reponame|filename|(?:seed|mask):\w{1,40}"
+    r"|(?:unused|reserved|special)\d{1,5}|[a-z]{2,20}_\w{1,60})"
 )
 _SQUARED = (
-    r"INST|SYSTEM_PROMPT|MODEL_SETTINGS|(?:AVAILABLE_)?TOOL\w{1,20}|CALL_ID|ARGS|THINK|PREFIX|SUFFIX|MIDDLE|IMG\w{0,10}"
-    r"|(?:BEGIN_)?AUDIO|[gs]?MASK|[BE]OS|EOT|PAD|UNK|CLS|SEP|control_\d{1,4}|\w{3,20}\|"
+    r"INST|ARGS|THINK|PREFIX|SUFFIX|MIDDLE|IMG|AUDIO|TRANSCRIBE|[gs]?MASK|[BE]OS|EOT|PAD|UNK|CLS|SEP|control_\d{1,4}"
+    r"|[A-Z]{2,20}_[A-Z_]{1,40}|\w{3,20}\|"
 )
 # Each alternative is the one character that is replaced (first, so that the search skips all others), then when.
 # Repetitions are bounded, so that no policy text makes it slow. `<|x-1|<2` is ordinary mathematics and must not match.

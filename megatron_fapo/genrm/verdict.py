@@ -51,6 +51,7 @@ class Unscored:
 
 _BOXED = "\\boxed"
 _BOX = re.compile(r"\\boxed\s{0,3}\{")
+_BRACE = re.compile(r"[{}]")
 _MOST_BOX_CHARS = 100
 _DRESSING = re.compile(
     r"\\(?:text(?:bf|rm|it|tt)?|math(?:rm|bf|it|sf|tt)|boldsymbol|bf|rm|boxed)(?![A-Za-z])|\\[\[\](),;:! ]|[{}$~]"
@@ -113,8 +114,8 @@ def _closing_brace(text: str, start: int) -> int | None:
     if opening is None:
         return None
     depth = 1
-    for position in range(opening.end(), min(len(text), opening.end() + _MOST_BOX_CHARS)):
-        depth += {"{": 1, "}": -1}.get(text[position], 0)
+    for brace in _BRACE.finditer(text, opening.end(), opening.end() + _MOST_BOX_CHARS):
+        depth += 1 if brace.group() == "{" else -1
         if depth == 0:
-            return position
+            return brace.start()
     return None
