@@ -46,7 +46,7 @@ async def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, 
     runs: defaultdict[tuple[str, str], list[Outcome]] = defaultdict(list)
     servers = Servers(SERVERS, setting.slots)
     try:
-        for repeat in range(args.repeats):
+        for repeat in range(args.seed, args.seed + args.repeats):
             problems = [make_problem(repeat, number) for number in range(WARM_UP + args.problems)]
             for case in args.cases:
                 for place in range(len(args.systems)):
@@ -54,20 +54,23 @@ async def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, 
                     system = make_system(name, setting)
                     outcome = await run_case(case, system, servers, setting, problems, args.in_flight, repeat)
                     runs[name, case].append(outcome)
-                    say(row(name, case, [outcome]))
+                    print(line(row(name, case, [outcome])), flush=True)
     finally:
         servers.close()
     return [row(name, case, runs[name, case]) for case in args.cases for name in args.systems]
 
 
-def say(values: dict[str, Any]) -> None:
-    cpu = " ".join(f"{name} {ms:.2f}" for name, ms in values["cpu_ms_per_verdict"].items())
-    shown = [f"{values[name]:8.3f}" if values[name] is not None else "       -" for name in ("p50_s", "p99_s")]
-    print(
-        f"{values['case']:10} {values['system']:18} {values['verdicts_per_s']:8.1f} {' '.join(shown)} "
-        f"{values['lost']:6} {values['wrong']:6} {values['requests_per_verdict']:8.2f}   {cpu}",
-        flush=True,
-    )
+HEAD = """| case | system | verdicts/s | p50, s | p99, s | lost | wrong | requests a verdict | CPU, ms a verdict |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(values: dict[str, Any]) -> str:
+    """A row as one of a Markdown table."""
+    cpu = " + ".join(f"{ms:.1f} {name}" for name, ms in values["cpu_ms_per_verdict"].items() if ms)
+    seconds = ["-" if values[name] is None else f"{values[name]:.2f}" for name in ("p50_s", "p99_s")]
+    counts = [str(values[name]) for name in ("lost", "wrong")]
+    words = [values["case"], f"`{values['system']}`", f"{values['verdicts_per_s']:.1f}", *seconds, *counts]
+    return f"| {' | '.join([*words, f'{values["requests_per_verdict"]:.2f}', cpu])} |"
 
 
 def main() -> None:
@@ -78,6 +81,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=[*CASES, REAL_VLLM], choices=[*CASES, REAL_VLLM])
     parser.add_argument("--problems", type=int, help="for each case and repetition (2000)")
     parser.add_argument("--repeats", type=int, help="with other problems each time (2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first repetition")
     parser.add_argument("--in-flight", type=int, default=48, help="verdicts under way at any time")
     parser.add_argument("--slots", type=int, default=16, help="requests that a server works on at once")
     parser.add_argument(
@@ -96,24 +100,22 @@ def main() -> None:
     began, load = time.time(), os.getloadavg()[0]
     try:
         versions = peer_versions() if set(args.systems) != {"megatron_fapo"} else {}
-        head = (
-            f"{'case':10} {'system':18} {'1/s':>8} {'p50 s':>8} {'p99 s':>8} {'lost':>6} {'wrong':>6} {'requests':>8}"
-        )
-        print(f"{head}   CPU ms per verdict", flush=True)
         with_vllm = REAL_VLLM in args.cases
         args.cases = [case for case in args.cases if case != REAL_VLLM]
+        print(HEAD, flush=True)
         rows = asyncio.run(compare(args, setting)) if args.cases else []
         if with_vllm:
-            for found in real_vllm(args.systems, 60 if args.quick else 300):
-                rows.append(found)
-                say(found)
+            rows += real_vllm(args.systems, 60 if args.quick else 300)
     except UserError as error:
-        sys.exit(f"{error}")
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print("\n".join(["", "All repetitions:", HEAD, *map(line, rows)]))
     if args.json:
         settings = {
             "servers": SERVERS,
             "slots": args.slots,
             "in_flight": args.in_flight,
+            "seed": args.seed,
             "p50_s": setting.p50_s,
             "request_timeout_s": setting.request_timeout_s,
             "deadline_s": setting.deadline_s,
