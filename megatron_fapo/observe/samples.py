@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def sample_record(scored: ScoredSample) -> dict[str, Any]:
             "latency_s": verdict.latency_s,
             "attempts": verdict.attempts,
             "completion_tokens": verdict.completion_tokens,
+            "agreement": verdict.agreement,
         },
+        "judging": [asdict(request) for request in score.judging],
         "extra": score.extra,
     }

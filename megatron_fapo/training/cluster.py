@@ -21,19 +21,19 @@ from typing import Any, TypeVar
 from megatron_fapo.config.cluster import ClusterConfig
 from megatron_fapo.config.root import Config, asks_genrm, judges_take_turns
 from megatron_fapo.device import choose_device, choose_dtype
-from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.reward_loop import RewardLoop
-from megatron_fapo.genrm.server import TURN_S, GenRMServer, ServerStartError, ServerTurnError
+from megatron_fapo.genrm.server import GenRMServer
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
-from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
+from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError
 from megatron_fapo.rollout.engine import MEMORY, RolloutEngine
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.training.placement import missing_nodes, nodes_of, place
+from megatron_fapo.training.servers import Servers
 from megatron_fapo.weight_sync.protocol import choose_transports, verify_due
 
 log = logging.getLogger(__name__)
@@ -41,11 +41,6 @@ T = TypeVar("T")
 
 AWAKE = {"rollout": MEMORY, "refit": MEMORY[:1]}
 """Phase -> what of engines that take turns is awake; in other phases nothing is."""
-_SERVER_POLL_S = 5.0
-_ALIVE_S = 30.0
-"""For a server's actor to say that it lives; on a node that hangs it never does."""
-_STOP_S = 30.0
-"""For all servers to stop; then they are killed."""
 
 
 @dataclass
@@ -57,12 +52,8 @@ class Cluster:
     policy: PolicyGroup | None = None
     rollout: RolloutPool | None = None
     reward: RewardLoop | None = None
-    genrm_urls: list[str] = field(default_factory=list)
-    """Base URLs of the GenRM pool, a judge service's excepted."""
-    genrm_servers: list[Any] = field(default_factory=list)
-    """The GenRMServer actors of ours, in the order of their URLs."""
-    genrm_processes: list[Process] = field(default_factory=list)
-    """Where each of them is."""
+    servers: Servers = field(default_factory=Servers)
+    """The GenRM's that are ours."""
     refits: int = 0
     awake: tuple[str, ...] = MEMORY
     """What of the engines' memory is not asleep."""
@@ -110,7 +101,7 @@ class Cluster:
     async def _servers(self, order: str) -> None:
         """All GenRM servers of ours `sleep` or `wake`."""
         began = time.monotonic()
-        await asyncio.gather(*map(partial(_turn, order), self.genrm_processes, self.genrm_servers))
+        await self.servers.turn(order)
         self.memory[f"memory/servers_{order}_s"] = time.monotonic() - began
 
     @property
@@ -135,23 +126,34 @@ class Cluster:
         await self.enter("rollout")
         return metrics
 
-    async def require_servers(self) -> None:
+    @property
+    def genrm_urls(self) -> list[str]:
+        """Base URLs of the GenRM pool as it is now, a judge service's excepted."""
+        return [*self.servers.urls, *self.config.genrm.urls]
+
+    @property
+    def _others_judge(self) -> bool:
+        return bool(self.config.genrm.urls or self.config.genrm.rendezvous)
+
+    def require_servers(self, *, all_of_them: bool = False) -> None:
         """
         Raises:
-            ServerDiedError: a GenRM server of ours has ended; the first that has.
+            ServerDiedError: none of our GenRM servers is left in a pool that has no others; or, of those that take
+                turns or if `all_of_them` are asked for, one is gone for good.
         """
-        if ended := await self._ended_servers():
-            raise ended[0]
+        lost, every = self.servers.lost(), all_of_them or judges_take_turns(self.config)
+        if lost and (every or (len(lost) == len(self.servers.keepers) and not self._others_judge)):
+            raise lost[0]
 
     async def while_judged(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await `work`, or cancel it when no GenRM server is left: its verdicts would be waited for to their deadlines.
+        """Await `work`, or cancel it when no GenRM server is left: its verdicts would be waited for in vain.
 
         Raises:
-            ServerDiedError: the first server of a pool of ours alone; all have ended.
+            ServerDiedError: the last server of a pool of ours alone; none can be started again.
         """
-        if not self.genrm_servers or self.config.genrm.urls or self.config.genrm.rendezvous:
+        if not self.servers.keepers or self._others_judge:
             return await work
-        task, watch = asyncio.ensure_future(work), asyncio.ensure_future(self._no_server_left())
+        task, watch = asyncio.ensure_future(work), asyncio.ensure_future(self.servers.all_lost())
         try:
             await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
@@ -161,21 +163,6 @@ class Cluster:
             for each in (task, watch):
                 each.cancel()
             await asyncio.gather(task, watch, return_exceptions=True)
-
-    async def _no_server_left(self) -> ServerDiedError:
-        while True:
-            ended = await self._ended_servers()
-            if len(ended) == len(self.genrm_servers):
-                return ended[0]
-            await asyncio.sleep(_SERVER_POLL_S)
-
-    async def _ended_servers(self) -> list[ServerDiedError]:
-        asked = map(_how_ended, self.genrm_processes, self.genrm_servers)
-        return [each for each in await asyncio.gather(*asked) if each is not None]
-
-
-class ServerDiedError(ProcessDiedError):
-    """A GenRM server of ours is gone: samples could not be scored, or soon cannot."""
 
 
 @contextlib.asynccontextmanager
@@ -252,12 +239,16 @@ async def _all(work: list[Coroutine[Any, Any, Any]]) -> None:
 async def _start_scoring(
     config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, nodes: Sequence[Node], *, loop: bool
 ) -> None:
-    urls = cluster.genrm_urls = await _start_genrm(config, cluster, stack, nodes)
+    if asks_genrm(config):
+        await _start_genrm(config, cluster, stack, nodes)
     if not loop:
         return
-    cluster.reward = RewardLoop(config.reward, config.genrm, urls, config.rollout.max_response_tokens)
-    stack.push_async_callback(cluster.reward.close)
-    await cluster.reward.start()
+    reward = cluster.reward = RewardLoop(
+        config.reward, config.genrm, cluster.genrm_urls, config.rollout.max_response_tokens
+    )
+    stack.push_async_callback(reward.close)
+    await reward.start()
+    cluster.servers.keep(lambda: reward.set_servers(cluster.genrm_urls), restart=not judges_take_turns(config))
 
 
 def _kv_caches_are_set(config: Config) -> bool:
@@ -386,14 +377,12 @@ def make_rollout(
 
 async def _start_genrm(
     config: Config, cluster: Cluster, stack: contextlib.AsyncExitStack, nodes: Sequence[Node]
-) -> list[str]:
-    """Start our GenRM servers, one on each of `nodes`; returns the base URLs of the whole pool."""
-    if not asks_genrm(config):
-        return []
+) -> None:
+    """Start our GenRM servers, one on each of `nodes`."""
     genrm, device = config.genrm, cluster.device
     if genrm.model_path is not None:  # actors have working directories of their own
         genrm = genrm.model_copy(update={"model_path": str(Path(genrm.model_path).resolve())})
-    stack.push_async_callback(_stop_servers, cluster.genrm_servers)
+    stack.push_async_callback(cluster.servers.stop)
     gpus = genrm.tensor_parallel
     shared = cluster.rollout.cards if cluster.rollout is not None and judges_take_turns(config) else []
     for index, node in enumerate(nodes):
@@ -403,74 +392,5 @@ async def _start_genrm(
         kind = _actor(GenRMServer, config, device, node, gpus, concurrency=2, cards=cards)
         host = node.address if os.environ.get("RAY_ADDRESS") else "127.0.0.1"
         options = {"device": device, "dtype": choose_dtype("auto", device), "log_path": str(path), "host": host}
-        cluster.genrm_servers.append(kind.remote(genrm, **options))
-        cluster.genrm_processes.append(Process("genrm", index, node, path))
-
-    starts = map(_start_server, cluster.genrm_processes, cluster.genrm_servers)
-    return [*await asyncio.gather(*starts), *genrm.urls]
-
-
-async def _start_server(process: Process, actor: Any) -> str:
-    """Its base URL."""
-    try:
-        with WAITS.on("genrm.start", process):
-            url = str(await actor.start.remote())
-    except Exception as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ServerStartError):
-            raise ServerDiedError(process, "did not start", lost=cause.lost, detail=str(cause)) from None
-        if isinstance(cause, UserError):
-            raise cause from None
-        raise await _server_died(process, error) from error
-    WAITS.processes[url] = process
-    return url
-
-
-async def _turn(order: str, process: Process, actor: Any) -> None:
-    """Have a server `sleep` or `wake`. One that is gone holds no memory: whatever needs it next reports it."""
-    try:
-        with WAITS.on(f"genrm.{order}", process):
-            await asyncio.wait_for(getattr(actor, order).remote(), TURN_S + _ALIVE_S)
-    except TimeoutError:
-        raise ServerDiedError(process, f"did not {order} within {TURN_S + _ALIVE_S:g} s", lost=True) from None
-    except Exception as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, ServerTurnError):
-            raise ServerDiedError(process, f"did not {order}", lost=True, detail=str(cause)) from None
-        died = await _server_died(process, error)
-        if order == "wake" or not died.lost:
-            raise died from error
-        log.warning("%s", died)
-
-
-async def _how_ended(process: Process, actor: Any) -> ServerDiedError | None:
-    # Not in WAITS: it is asked every few seconds, which is no progress, and has a deadline of its own.
-    try:
-        alive = await asyncio.wait_for(actor.alive.remote(), _ALIVE_S)
-    except TimeoutError:
-        return ServerDiedError(process, f"has not answered for {_ALIVE_S:g} s", lost=True)
-    except Exception as error:
-        died = await _server_died(process, error)
-        died.__cause__ = error
-        return died
-    return None if alive else ServerDiedError(process, "it has ended", lost=True)
-
-
-async def _server_died(process: Process, error: BaseException) -> ServerDiedError:
-    lost = is_lost(error)
-    return ServerDiedError(
-        process, await how_lost(process.node, error) if lost else "failed", lost=lost, detail=str(error)
-    )
-
-
-async def _stop_servers(actors: Sequence[Any]) -> None:
-    import ray
-
-    stopping = [asyncio.ensure_future(actor.stop.remote()) for actor in actors]
-    if stopping:
-        await asyncio.wait(stopping, timeout=_STOP_S)
-    for each in stopping:
-        each.cancel()
-    await asyncio.gather(*stopping, return_exceptions=True)  # of servers that are gone
-    for actor in actors:
-        ray.kill(actor)
+        cluster.servers.add(Process("genrm", index, node, path), kind.remote(genrm, **options))
+    await cluster.servers.start()

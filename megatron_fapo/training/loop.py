@@ -173,7 +173,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         try:
             refuse_unscored(groups, config.reward.max_unscored_share, step)
         except TooManyUnscoredError:
-            await cluster.require_servers()  # one of ours that is gone is the reason, and worth another attempt
+            cluster.require_servers(all_of_them=True)  # one that is gone is the reason, and worth another attempt
             raise
 
         by_group = training_samples(groups, config)
@@ -215,7 +215,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
             run.write(step, metrics | cluster.take_memory())
         stop.check()
         await run.saved(wait=False)
-        await cluster.require_servers()
+        cluster.require_servers()
     await run.saved()
 
 

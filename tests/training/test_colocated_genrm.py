@@ -17,10 +17,11 @@ from megatron_fapo.data.records import Group
 from megatron_fapo.errors import UserError
 from megatron_fapo.processes import Process
 from megatron_fapo.rollout.engine import MEMORY
-from megatron_fapo.training import cluster as cluster_module
-from megatron_fapo.training.cluster import Cluster, ServerDiedError, launch
+from megatron_fapo.training import servers as servers_module
+from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import sample_set
 from megatron_fapo.training.loop import rollout
+from megatron_fapo.training.servers import ServerDiedError, Servers
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
 
@@ -42,8 +43,7 @@ class Turns:
             "gpu",
             policy=SimpleNamespace(enter=self._policy) if policy else None,  # type: ignore[arg-type]
             rollout=SimpleNamespace(sleep=self._sleep, wake=self._wake),  # type: ignore[arg-type]
-            genrm_servers=[SimpleNamespace(**remote)] * servers,
-            genrm_processes=[Process("genrm", index) for index in range(servers)],
+            servers=Servers([Process("genrm", i) for i in range(servers)], [SimpleNamespace(**remote)] * servers),
         )
 
     async def _policy(self, phase: str) -> dict[str, float]:
@@ -123,8 +123,8 @@ def test_a_turn_that_is_cut_short_is_ended_by_the_next_phase() -> None:
 
 
 def test_a_server_that_does_not_wake_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster_module, "TURN_S", 0.1)
-    monkeypatch.setattr(cluster_module, "_ALIVE_S", 0.1)
+    monkeypatch.setattr(servers_module, "TURN_S", 0.1)
+    monkeypatch.setattr(servers_module, "ALIVE_S", 0.1)
     turns = Turns(colocated_engines=False)
     turns.enter("judge", "refit", "rollout")
     turns.answers["wake"] = asyncio.Event()
@@ -170,7 +170,7 @@ def _tiny(tmp_path: Path) -> Config:
 
 
 def _untimed(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if "latency" not in name and not name.startswith("scoring/")}
+    return {name: v for name, v in metrics.items() if not name.endswith("_s") and not name.startswith("scoring/")}
 
 
 def _told(groups: list[Group]) -> list[Any]:
@@ -217,7 +217,7 @@ def test_the_scores_are_those_of_the_stream_and_a_lost_server_is_named(tmp_path:
             cluster.awake = MEMORY
             await cluster.enter("rollout")
 
-            await cluster.genrm_servers[0].stop.remote()
+            await cluster.servers.actors[0].stop.remote()
             with pytest.raises(ServerDiedError, match=r"genrm-0.*did not wake"):
                 await rollout(config, cluster, run, taken)
 

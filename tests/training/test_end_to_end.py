@@ -87,11 +87,15 @@ def _newest(workspace: Path) -> dict[str, Any]:
 
 
 def _reproducible(record: dict[str, float]) -> dict[str, float]:
-    timed = ("phase_s/", "memory/", "weight_sync/", "scoring/", "genrm/latency")
+    timed = ("phase_s/", "memory/", "weight_sync/", "scoring/", "genrm/latency", "genrm/queue_", "genrm/request_")
     return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
-def test_a_stopped_and_broken_run_equals_an_uninterrupted_one(workspace: Path, started: list[FapoProcess]) -> None:
+def test_a_stopped_and_broken_run_equals_an_uninterrupted_one(
+    workspace: Path, started: list[FapoProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped and finished through `fapo launch`, which passes on signals, output and exit codes, and resumes."""
+    monkeypatch.delenv("NEMORUN_HOME", raising=False)
     sections: dict[str, Any] = {
         "reward": {"compute_score": "tests.training.runs:reward_of_length"},
         "data": {"eval": {"held": str(workspace / "data" / "eval.jsonl")}},
@@ -105,11 +109,13 @@ def test_a_stopped_and_broken_run_equals_an_uninterrupted_one(workspace: Path, s
     # In turns on the same device, which changes nothing but who is where when.
     turns: dict[str, Any] = {"policy": {"offload": True}, "rollout": {"colocated": True}}
     config = str(_config(workspace, "parts", **sections, **turns))
-    stopped = _start(started, workspace / "stopped.log", "train", "-c", config)
+    local = ("launch", "--executor", "local", "-c", config)
+    stopped = _start(started, workspace / "stopped.log", *local)
     stopped.wait_for_step(workspace / "parts", 0)  # it is in step 1
     stopped.process.send_signal(signal.SIGTERM)
     assert stopped.wait() == 75, stopped.output()[-4000:]
     assert stopped.wait_until_gone() == []
+    assert (workspace / ".nemo_run" / "experiments" / "fapo").is_dir()
     assert _newest(workspace)["step"] < STEPS, "the run ended before it could be stopped"
 
     broken = _start(started, workspace / "broken.log", "train", "-c", config, "--resume")
@@ -125,8 +131,9 @@ def test_a_stopped_and_broken_run_equals_an_uninterrupted_one(workspace: Path, s
     assert named in (workspace / "parts" / "logs" / "driver-0.log").read_text()
     assert 2 <= found["step"] == _newest(workspace)["step"] < STEPS, "the finished steps were saved"
 
-    last = _start(started, workspace / "last.log", "train", "-c", config, "--resume", "auto")
+    last = _start(started, workspace / "last.log", *local)
     assert last.wait() == 0, last.output()[-4000:]
+    assert f"resumed from {workspace / 'parts'}" in last.output()
     assert not (workspace / "parts" / "failure.json").exists()
     uninterrupted, resumed = read_metrics(workspace / "whole"), read_metrics(workspace / "parts")
     assert [r["step"] for r in resumed] == [0, 1, 2, 3, 4]

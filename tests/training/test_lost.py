@@ -6,6 +6,7 @@ import asyncio
 import json
 import pickle
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,10 @@ from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
 from megatron_fapo.rollout.pool import RolloutPool
-from megatron_fapo.training.cluster import Cluster, ServerDiedError, _await_nodes, _start_server, _stop_servers
+from megatron_fapo.training import servers as servers_module
+from megatron_fapo.training.cluster import Cluster, _await_nodes
 from megatron_fapo.training.failure import forget_failure, report_failure
+from megatron_fapo.training.servers import ServerDiedError, Servers, start_server
 
 
 @pytest.mark.parametrize(("lost", "code"), [(True, 76), (False, 1)])
@@ -74,42 +77,121 @@ def test_nodes_that_are_missing_are_named_while_they_are_waited_for(monkeypatch:
 
 
 class FakeServer:
-    """As much of a GenRMServer actor as `Cluster.require_servers` asks."""
+    """As much of a GenRMServer actor as who keeps it asks: alive or not, and what a new start gives."""
 
-    def __init__(self, answer: Any) -> None:
-        self.alive = self
-        self.answer = answer
+    def __init__(self, alive: Any, *starts: Any) -> None:
+        self.answer, self.starts = alive, list(starts)
+        self.alive, self.stop, self.start = (
+            SimpleNamespace(remote=do) for do in (self._alive, self._stop, self._start)
+        )
 
     async def remote(self, *_: Any) -> Any:
+        return await self._alive()
+
+    async def _alive(self) -> Any:
         if self.answer is None:
             await asyncio.Event().wait()
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
 
+    async def _stop(self) -> None:
+        pass
 
-def test_the_first_server_that_has_ended_is_named() -> None:
+    async def _start(self) -> str:
+        start = self.starts.pop(0)
+        if isinstance(start, Exception):
+            raise start
+        self.answer = True
+        return str(start)
+
+
+def cluster_of(*actors: FakeServer, **genrm: Any) -> Cluster:
+    places = [Process("genrm", rank, Node("x", f"10.0.0.{rank}", rank, name=f"gpu-{rank}")) for rank in range(9)]
+    servers = Servers(places[: len(actors)], list(actors), {rank: f"url-{rank}" for rank in range(len(actors))})
+    return Cluster(Config.model_validate({"genrm": genrm}), "cpu", servers=servers)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers_module, "CHECK_S", 0.01)
+    monkeypatch.setattr(servers_module, "ALIVE_S", 0.05)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_ends_is_started_again_and_the_pool_is_told() -> None:
     async def scenario() -> None:
-        cluster = Cluster(Config(), "cpu", genrm_servers=[FakeServer(True)], genrm_processes=[Process("genrm", 0)])
-        await cluster.require_servers()
-        cluster.genrm_servers.append(FakeServer(False))
-        cluster.genrm_processes.append(Process("genrm", 1, Node("x", "10.0.0.9", 4, name="gpu-04")))
-        with pytest.raises(ServerDiedError, match=r"genrm-1 on node gpu-04 \(10.0.0.9\): it has ended") as death:
-            await cluster.require_servers()
+        mortal = FakeServer(True, "second-life", "third-life")
+        cluster, told = cluster_of(FakeServer(True), mortal, urls=["http://there/v1"]), []
+        cluster.servers.keep(lambda: told.append(cluster.genrm_urls))
+        for _ in range(2):
+            count = len(told)
+            mortal.answer = False
+            await until(lambda count=count: len(told) == count + 2)
+        outside = "http://there/v1"
+        ours = [["url-0"], ["url-0", "second-life"], ["url-0"], ["url-0", "third-life"]]
+        assert told == [[*urls, outside] for urls in ours]
+        cluster.require_servers(all_of_them=True)
+        mortal.answer = False  # a third short life in a row
+        await until(lambda: bool(cluster.servers.lost()))
+        cluster.require_servers()  # the pool has others
+        with pytest.raises(ServerDiedError, match=r"genrm-1 on node gpu-1 \(10.0.0.1\): it has ended") as death:
+            cluster.require_servers(all_of_them=True)
         assert death.value.lost
 
     asyncio.run(scenario())
 
 
-def test_a_server_that_does_not_answer_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_fapo.training.cluster._ALIVE_S", 0.05)
-    processes = [Process("genrm", i) for i in range(3)]
-    cluster = Cluster(
-        Config(), "cpu", genrm_servers=[FakeServer(True), FakeServer(None), FakeServer(True)], genrm_processes=processes
-    )
-    with pytest.raises(ServerDiedError, match=r"genrm-1 .*: has not answered for 0.05 s") as death:
-        asyncio.run(asyncio.wait_for(cluster.require_servers(), 10))
-    assert death.value.lost
+NEVER_UP = RayTaskError("start", "tb", ServerStartError("its last words", lost=False))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("actor", "words"),
+    [
+        (FakeServer(None), "has not answered for 0.05 s"),
+        (FakeServer(RuntimeError("broken")), "failed\nbroken"),
+        (
+            FakeServer(False, RayTaskError("start", "tb", ServerStartError("its last words", lost=False))),
+            "did not start",
+        ),
+    ],
+)
+def test_a_server_that_cannot_be_started_again_is_lost_and_the_last_one_ends_the_run(
+    actor: FakeServer, words: str
+) -> None:
+    async def scenario() -> None:
+        last = FakeServer(True)
+        cluster = cluster_of(last, actor)
+        cluster.servers.keep(lambda: None)
+        await until(lambda: len(cluster.servers.lost()) == 1)
+        assert words in str(cluster.servers.lost()[0])
+        assert cluster.genrm_urls == ["url-0"]
+        cluster.require_servers()  # a pool that shrinks goes on
+        last.answer = None
+        await until(lambda: len(cluster.servers.lost()) == 2)
+        with pytest.raises(ServerDiedError):
+            cluster.require_servers()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("quick")
+def test_servers_that_take_turns_are_not_started_again() -> None:
+    async def scenario() -> None:
+        cluster = cluster_of(FakeServer(True), FakeServer(False, "again"), colocated=True, model_path="judge")
+        cluster.servers.keep(lambda: None, restart=False)
+        await until(lambda: bool(cluster.servers.lost()))
+        with pytest.raises(ServerDiedError, match=r"genrm-1 .*: it has ended"):
+            cluster.require_servers()
+
+    asyncio.run(scenario())
 
 
 def test_ranks_and_engines_that_are_not_up_in_time_are_worth_another_attempt(tmp_path: Path) -> None:
@@ -131,13 +213,13 @@ def test_ranks_and_engines_that_are_not_up_in_time_are_worth_another_attempt(tmp
 def test_servers_that_hang_are_stopped_together(monkeypatch: pytest.MonkeyPatch) -> None:
     killed: list[Any] = []
     monkeypatch.setattr("ray.kill", killed.append)
-    monkeypatch.setattr("megatron_fapo.training.cluster._STOP_S", 0.3)
+    monkeypatch.setattr(servers_module, "STOP_S", 0.3)
     servers = [SimpleNamespace(stop=FakeServer(answer)) for answer in (None, True, None, RuntimeError("gone"), None)]
     began = time.monotonic()
-    asyncio.run(_stop_servers(servers))
+    asyncio.run(Servers(actors=servers).stop())
     assert time.monotonic() - began < 0.9, "one wait for all, not one for each"
     assert killed == servers
-    asyncio.run(_stop_servers([]))
+    asyncio.run(Servers().stop())
 
 
 @pytest.mark.parametrize("lost", [True, False])
@@ -150,19 +232,18 @@ def test_a_server_that_does_not_start_is_a_process_that_died_and_bad_input_stays
             raise RayTaskError("start", "Traceback", pickle.loads(pickle.dumps(self.cause)))
 
     with pytest.raises(ServerDiedError, match=r"genrm-2 .*: did not start\nits last words") as death:
-        asyncio.run(_start_server(Process("genrm", 2), Starting(ServerStartError("its last words", lost=lost))))
+        asyncio.run(start_server(Process("genrm", 2), Starting(ServerStartError("its last words", lost=lost))))
     assert death.value.lost is lost
     with pytest.raises(UserError, match="no model"):
-        asyncio.run(_start_server(Process("genrm", 2), Starting(UserError("no model"))))
+        asyncio.run(start_server(Process("genrm", 2), Starting(UserError("no model"))))
 
 
-def test_work_goes_on_while_a_server_is_left_and_ends_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_fapo.training.cluster._SERVER_POLL_S", 0.01)
-
+@pytest.mark.usefixtures("quick")
+def test_work_goes_on_while_a_server_is_left_and_ends_with_the_last() -> None:
     async def scenario() -> None:
-        servers = [FakeServer(True), FakeServer(False)]
-        processes = [Process("genrm", 0), Process("genrm", 1)]
-        cluster = Cluster(Config(), "cpu", genrm_servers=servers, genrm_processes=processes)
+        servers = [FakeServer(True), FakeServer(None)]
+        cluster = cluster_of(*servers)
+        cluster.servers.keep(lambda: None)
         cancelled = False
 
         async def work(seconds: float) -> str:
@@ -174,9 +255,9 @@ def test_work_goes_on_while_a_server_is_left_and_ends_with_the_last(monkeypatch:
                 raise
             return "done"
 
-        assert await cluster.while_judged(work(0.1)) == "done"
-        asyncio.get_running_loop().call_later(0.1, setattr, servers[0], "answer", False)
-        with pytest.raises(ServerDiedError, match=r"genrm-0 .*: it has ended"):
+        assert await cluster.while_judged(work(0.3)) == "done"
+        asyncio.get_running_loop().call_later(0.1, setattr, servers[0], "answer", None)
+        with pytest.raises(ServerDiedError, match=r"genrm-0 .*: has not answered"):
             await cluster.while_judged(work(60))
         assert cancelled
 
