@@ -77,7 +77,7 @@ class GenRMClient:
         urls = [url.rstrip("/") for url in urls]
         self._pool = ServerPool(urls, config.max_concurrent_per_server)
         self._dispatcher = Dispatcher(self._pool)
-        self._counters = Counters()
+        self.counters = Counters()
         self._deadlines = Deadlines(config.deadline_s)
         self._members = Membership(
             urls,
@@ -87,7 +87,7 @@ class GenRMClient:
             lost=self._dispatcher.give_up,
             silence_s=lambda: self._asker.latencies.silence_s(),
         )
-        self._asker = Asker(config, self._members, self._dispatcher, self._counters)
+        self._asker = Asker(config, self._members, self._dispatcher, self.counters)
         self._places = asyncio.Semaphore(MOST_JUDGEMENTS)
         self._shared: dict[str, _Shared] = {}
 
@@ -120,7 +120,7 @@ class GenRMClient:
             asked = _Question(key, question, ground_truth, solution, split_paragraphs(solution))
             shared = self._shared[key] = _Shared(asyncio.create_task(self._judge(asked, name), name="genrm judgement"))
         else:
-            self._counters.add("shared")
+            self.counters.add("shared")
         shared.waiting += 1
         kept = False
         try:
@@ -143,24 +143,19 @@ class GenRMClient:
     def begin_step(self) -> None:
         """Forgets finished judgements and starts the metrics anew."""
         self._shared = {key: shared for key, shared in self._shared.items() if not shared.task.done()}
-        self._counters.clear()
+        self.counters.clear()
 
     def metrics(self) -> dict[str, float]:
         """`genrm/...` since the step began; docs/genrm.md lists them."""
-        counts = self._counters.counts
+        counts = self.counters.counts
         values = dict.fromkeys(("genrm/called", "genrm/answered", "genrm/unscored", "genrm/retries"), 0.0)
-        values |= self._counters.metrics("genrm")
+        values |= self.counters.metrics("genrm")
         values["genrm/completion_tokens_mean"] = counts["completion_tokens"] / max(1, counts["answered"])
         servers = self._pool.present()
         values["genrm/servers_alive"] = float(sum(server.down_since is None for server in servers))
         values["genrm/servers_down"] = float(sum(server.down_since is not None for server in servers))
         values["genrm/queued"] = float(self._dispatcher.waiting)
         return values
-
-    @property
-    def counters(self) -> Counters:
-        """For whoever looks on; not to be changed."""
-        return self._counters
 
     def servers(self) -> list[Server]:
         """The pool's servers as they are now, for whoever looks on; not to be changed."""
@@ -181,7 +176,7 @@ class GenRMClient:
 
     async def _judge(self, asked: _Question, name: str) -> Verdict | Unscored:
         async with self._places:
-            self._counters.add("called")
+            self.counters.add("called")
             began = time.monotonic()
             with WAITS.on("genrm.verdict", "a GenRM server with room", name) as wait:
                 outcome: Verdict | Unscored
@@ -194,10 +189,10 @@ class GenRMClient:
                     what = "; ".join([f"no verdict within {self._config.deadline_s:g} s", *last])
                     outcome = Unscored(Reason.GENRM_DEADLINE, what)
             if isinstance(outcome, Verdict):
-                self._counters.add("answered")
-                self._counters.observe("latency", outcome.latency_s)
+                self.counters.add("answered")
+                self.counters.observe("latency", outcome.latency_s)
             else:
-                self._counters.add("unscored")
+                self.counters.add("unscored")
                 outcome = replace(outcome, history=tuple(case.history))
                 log.debug("unscored: %s: %s", outcome.reason, outcome.detail)
             return outcome
@@ -228,8 +223,8 @@ class GenRMClient:
             return failed
         index, finding = decision
         if self._config.votes > 1:
-            self._counters.add("votes", ballot.cast)
-            self._counters.share("agreement", ballot.agreement())
+            self.counters.add("votes", ballot.cast)
+            self.counters.share("agreement", ballot.agreement())
         return Verdict(
             index,
             finding.critique,
@@ -258,7 +253,7 @@ class GenRMClient:
             windows = windows_of(asked.question, asked.ground_truth, asked.solution, int(budget), overlap)
             if windows is None:
                 return Unscored(Reason.GENRM_CONTEXT, f"prompts of {budget:.0f} characters cannot hold its paragraphs")
-            self._counters.add("windows", len(windows))
+            self.counters.add("windows", len(windows))
             finding = await self._in_windows(case, asked, windows, vote)
             if not _too_long(finding):
                 break
@@ -305,7 +300,7 @@ class GenRMClient:
             case.says(outcome.booked, str(index).removeprefix("genrm_"))
             if isinstance(index, int):
                 return _Finding(index, answer.critique, outcome.server)
-            self._counters.add(index.removeprefix("genrm_"))
+            self.counters.add(index.removeprefix("genrm_"))
             unread = Unscored(index, f"critique ends: {answer.critique[-200:]!r}")
             # Greedy, the same critique would come again; only one that was cut may end in a larger room.
             greedy = self._config.temperature == 0 and index is not Reason.GENRM_TRUNCATED

@@ -1,4 +1,4 @@
-"""The client against servers that are slow, silent, of two minds, or too small: what is asked, of whom, and what counts."""
+"""The client against servers that are slow, silent, of two minds or too small: who is asked what, and what counts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_first_answer_cancels_the_second_request() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.05])
 def test_no_second_request_without_a_budget(share: float) -> None:
-    async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
+    async def test(client: GenRMClient, _servers: list[FakeServer]) -> None:
         seconds_are_known(client, 0.02)
         outcomes = await asyncio.gather(*(judge(client, number) for number in range(40)))
         assert all(isinstance(outcome, Verdict) for outcome in outcomes)
@@ -180,7 +180,7 @@ def long_solution(*wrong: int) -> str:
 
 @pytest.mark.parametrize("wrong", [(), (3,), (17, 40), (59,)])
 def test_a_solution_beyond_the_context_is_judged_in_windows(wrong: tuple[int, ...]) -> None:
-    async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
+    async def test(client: GenRMClient, _servers: list[FakeServer]) -> None:
         outcome = await client.judge("q", "2", long_solution(*wrong))
         assert isinstance(outcome, Verdict), outcome
         assert outcome.index == (wrong[0] if wrong else -1)
@@ -215,7 +215,7 @@ def test_a_cut_critique_is_asked_for_with_twice_the_room() -> None:
 def test_the_history_has_every_request_and_no_text_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "FIRST_BACKOFF_S", 0.01)
 
-    async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
+    async def test(client: GenRMClient, _servers: list[FakeServer]) -> None:
         outcome = await judge(client)
         assert isinstance(outcome, Verdict)
         assert [each.outcome for each in outcome.history] == ["unparsable", "1"]
