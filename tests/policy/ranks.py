@@ -25,8 +25,8 @@ _stores: list[TCPStore] = []
 
 
 def free_port() -> int:
-    """A port where rank 0, if it is this process, will listen. It is held: a merely free one may be a connection's by
-    then."""
+    """A port where ranks find each other, for this process alone or until the next `Ranks.run` is over. This process
+    listens there: one that is merely free may be a connection's by the time that it is wanted."""
     _stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True))
     return _stores[-1].port
 
@@ -35,14 +35,12 @@ def _serve(rank: int, pipe: Connection) -> None:
     import os
 
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # rank 0 need not listen: `free_port` does
     while True:
         try:
             job = pipe.recv()
         except EOFError:  # the tests are gone
             return
-        if job is None:
-            pipe.send_bytes(pickle.dumps(free_port()))
-            continue
         function, args, world, port = job
         try:
             # By value: `Connection.send` would share the memory of each tensor, which this process then had to keep.
@@ -50,7 +48,6 @@ def _serve(rank: int, pipe: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
-        _stores.clear()
 
 
 class Ranks:
@@ -61,23 +58,14 @@ class Ranks:
         self.processes: list[Any] = []
         self.pipes: list[Connection] = []
 
-    def _start(self, world: int) -> None:
+    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         while len(self.processes) < world:
             here, there = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(len(self.processes), there))
             process.start()
             self.processes.append(process)
             self.pipes.append(here)
-
-    def port(self) -> int:
-        """For another process group within the next `run`."""
-        self._start(1)
-        self.pipes[0].send(None)
-        return int(pickle.loads(self.pipes[0].recv_bytes()))
-
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        self._start(world)
-        port = self.port()
+        port = free_port()
         for pipe in self.pipes[:world]:
             pipe.send((function, args, world, port))
         results: list[Any] = []
@@ -89,6 +77,7 @@ class Ranks:
                     raise TimeoutError(f"rank {rank} did not answer in 240 s")
                 continue
             results.append(pickle.loads(pipe.recv_bytes()))
+        _stores.clear()
         if failures := [text for ok, text in results if not ok]:
             self.close()  # the others may hang in a collective of the failed rank
             raise AssertionError("\n".join(failures))

@@ -16,7 +16,7 @@ from megatron_fapo.policy.optimizer import optimizer_problem
 from megatron_fapo.policy.parallel import Rank
 from megatron_fapo.policy.worker import PolicyWorker
 from tests.policy.models import make_samples
-from tests.policy.ranks import Ranks, make_worker, packs_of, policy_config
+from tests.policy.ranks import Ranks, free_port, make_worker, packs_of, policy_config
 
 
 def _state(worker: PolicyWorker) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_training_that_is_offloaded_between_all_phases_is_bitwise_equal(
     ranks: Ranks, qwen3: str, dtype: str, layout: dict[str, int], optimizer: dict[str, float]
 ) -> None:
     cfg = policy_config(qwen3, layout, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, **optimizer))
-    for result in ranks.run(2, _offloaded_and_not, cfg, dtype, 2, [ranks.port(), ranks.port()]):
+    for result in ranks.run(2, _offloaded_and_not, cfg, dtype, 2, [free_port(), free_port()]):
         plain, offloaded = result[False], result[True]
         assert plain["state"].keys() == offloaded["state"].keys()
         for name, value in plain["state"].items():
@@ -150,7 +150,7 @@ def _against_plain(
 
 def test_an_optimizer_that_steps_on_the_host_makes_the_same_updates(ranks: Ranks, qwen3: str, tmp_path: Path) -> None:
     cfg = policy_config(qwen3, {"data": 2})
-    ports = [ranks.port() for _ in range(6)]
+    ports = [free_port() for _ in range(6)]
     for result in ranks.run(2, _against_plain, cfg, [0.0, 0.5, 1.0], "bfloat16", tmp_path, ports):
         norms, weights, halves, resumed_norm, resumed = result[0.0]
         assert halves == [False, False]
