@@ -5,11 +5,14 @@ The Slurm cluster waits most of the time, so it runs beside the others; then the
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
-FIRST = ("slurm", "training", "policy", "rollout", "launch", "observe")
+# Ray's actors have a niceness of 15: beside the ranks of tests/policy on both cores, a run would take minutes to start.
+os.environ.setdefault("RAY_worker_niceness", "0")
+FIRST = ("slurm", "training", "policy", "weight_sync", "rollout", "genrm", "observe", "launch", "faults")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

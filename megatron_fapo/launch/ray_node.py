@@ -76,11 +76,13 @@ def ray_command(index: int, head: str, address: str, roles: Sequence[str], args:
     words += [f"--temp-dir={temporary_directory()}", "--disable-usage-stats"]
     words += [f"--resources={json.dumps(resources)}", f"--num-gpus={args.gpus}"]
     words += [f"--dashboard-agent-listen-port={port + 1}", f"--metrics-export-port={port + 2}"]
+    # Two processes that nobody asks: ours write files of their own, and no driver comes by ray://.
+    words += ["--include-log-monitor=false", "--ray-client-server-port=0"]
     if args.object_store_mb:
         words.append(f"--object-store-memory={args.object_store_mb * 2**20}")
     if index:
         return [*words, f"--address={head}"]
-    return [*words, "--head", f"--port={port}", f"--ray-client-server-port={port + 3}", "--include-dashboard=false"]
+    return [*words, "--head", f"--port={port}", "--include-dashboard=false"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,8 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ray_command(index, args.head, address, args.roles[index], args),
                 # Ray gives a raylet 30 s by itself, which a busy node exceeds; and it frees objects once a second, in
                 # which the buckets of a refit would fill the object store. Workers that it starts beforehand, one per
-                # core, have not the environment of our actors and are never used.
+                # core, have not the environment of our actors and are never used. Engines and ranks are what the node
+                # is for: at Ray's niceness of 15 any process beside them, as verifiers or checks, goes first.
                 env={
+                    "RAY_worker_niceness": "0",
                     "RAY_raylet_start_wait_time_s": "120",
                     "RAY_prestart_worker_first_driver": "0",
                     "RAY_free_objects_batch_size": "1",

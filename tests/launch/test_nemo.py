@@ -1,19 +1,17 @@
-"""`fapo launch` and the NeMo-Run entry point as their users run them, on this machine; jobs are in tests/slurm."""
+"""`fapo launch` and the NeMo-Run entry point as their users run them, on this machine; jobs are in tests/slurm, a whole
+run that is stopped and goes on in tests/training/test_end_to_end.py."""
 
 from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_fapo.observe.metrics import read_metrics
 from tests.launch.tiny import policy_config
-from tests.training.runs import FapoProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,27 +35,6 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return command("megatron_fapo.cli", "launch", *arguments, **environment)
-
-
-@pytest.mark.timeout(900)
-def test_a_local_run_saves_when_signalled_and_goes_on(tmp_path: Path) -> None:
-    """The exit codes are the task's own, its output is followed, and nothing outlives it."""
-    config, run = policy_config(tmp_path, steps=200), tmp_path / "runs" / "policy"
-    words = ("launch", "--executor", "local", "-c", str(config), "genrm.enabled=false")
-    first = FapoProcess(tmp_path / "first.log", *words)
-    first.wait_for_step(run, 1)
-    first.process.send_signal(signal.SIGTERM)
-    assert first.wait() == 75, first.output()[-4000:]
-    assert "policy" in first.output()
-    assert first.wait_until_gone() == []
-    done = read_metrics(run)[-1]["step"]
-    assert (run / "checkpoints" / f"step_{done:06d}" / "state.json").exists()
-
-    again = FapoProcess(tmp_path / "again.log", *words, f"training.steps={done + 1}")
-    assert again.wait() == 0, again.output()[-4000:]
-    assert f"resumed from {run}" in again.output()
-    assert read_metrics(run)[-1]["step"] == done + 1
-    assert (tmp_path / "runs" / ".nemo_run" / "experiments" / "fapo").is_dir()
 
 
 def test_a_failed_task_ends_the_experiment_with_its_code(tmp_path: Path) -> None:
