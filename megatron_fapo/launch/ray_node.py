@@ -76,13 +76,12 @@ def ray_command(index: int, head: str, address: str, roles: Sequence[str], args:
     words += [f"--temp-dir={temporary_directory()}", "--disable-usage-stats"]
     words += [f"--resources={json.dumps(resources)}", f"--num-gpus={args.gpus}"]
     words += [f"--dashboard-agent-listen-port={port + 1}", f"--metrics-export-port={port + 2}"]
-    # Two processes that nobody asks: ours write files of their own, and no driver comes by ray://.
-    words += ["--include-log-monitor=false", "--ray-client-server-port=0"]
+    words += ["--include-log-monitor=false"]  # it reads what workers print, and ours write files of their own
     if args.object_store_mb:
         words.append(f"--object-store-memory={args.object_store_mb * 2**20}")
     if index:
         return [*words, f"--address={head}"]
-    return [*words, "--head", f"--port={port}", "--include-dashboard=false"]
+    return [*words, "--head", f"--port={port}", f"--ray-client-server-port={port + 3}", "--include-dashboard=false"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
