@@ -324,10 +324,11 @@ def test_no_hostile_solution_is_sound_to_a_naive_judge(form: str) -> None:
     ]
     empty = [make_sample(text, truth) for text in ("", " \n\n ", "\u200b", "\x00") for truth in ("", "2", "-1")]
     scores = asyncio.run(main())
-    assert [score.correct for score in scores] == [True] * len(samples) + [False] * len(empty), (
-        "all right ones are judged"
-    )
-    assert [sample for sample, score in zip(samples, scores, strict=False) if score.reward == 1.0] == []
+    assert [score.correct for score in scores] == [True] * len(samples) + [False] * len(empty)
+    judged = [score.verdict is not None or score.unscored_reason == "genrm_unparsable" for score in scores]
+    assert sum(judged) + sum(score.unscored_reason == "genrm_truncated" for score in scores) == len(samples)
+    sound = [score.verdict is not None and not score.verdict.flawed for score in scores]
+    assert [sample.text for sample, is_sound in zip(samples, sound, strict=False) if is_sound] == []
 
 
 def hostile_sample(judge: str, text: str, truth: str) -> Sample:
