@@ -47,8 +47,10 @@ async def compare(args: argparse.Namespace, setting: Setting) -> list[dict[str, 
     servers = Servers(SERVERS, setting.slots)
     try:
         for repeat in range(args.seed, args.seed + args.repeats):
-            problems = [make_problem(repeat, number) for number in range(WARM_UP + args.problems)]
             for case in args.cases:
+                # A server that is killed must have the time to come back.
+                count = args.problems * 3 // 2 if case == "killed" else args.problems
+                problems = [make_problem(repeat, number) for number in range(WARM_UP + count)]
                 for place in range(len(args.systems)):
                     name = args.systems[(place + repeat) % len(args.systems)]
                     system = make_system(name, setting)
