@@ -90,6 +90,8 @@ class GenRMClient:
         self._asker = Asker(config, self._members, self._dispatcher, self.counters)
         self._places = asyncio.Semaphore(MOST_JUDGEMENTS)
         self._shared: dict[str, _Shared] = {}
+        self._answered: dict[str, int] = {}
+        """Tokens that each server had answered when the step began."""
 
     async def check(self) -> None:
         """Opens the pool: every server must answer and list `genrm.served_model`. Waits for a judge service.
@@ -143,6 +145,7 @@ class GenRMClient:
     def begin_step(self) -> None:
         """Forgets finished judgements and starts the metrics anew."""
         self._shared = {key: shared for key, shared in self._shared.items() if not shared.task.done()}
+        self._answered = {server.url: server.answered_tokens for server in self._pool.present()}
         self.counters.clear()
 
     def metrics(self) -> dict[str, float]:
@@ -152,6 +155,9 @@ class GenRMClient:
         values |= self.counters.metrics("genrm")
         values["genrm/completion_tokens_mean"] = counts["completion_tokens"] / max(1, counts["answered"])
         servers = self._pool.present()
+        answered = [s.answered_tokens - self._answered.get(s.url, 0) for s in servers if s.down_since is None]
+        if any(answered):
+            values["genrm/load_imbalance"] = max(answered) * len(answered) / sum(answered)
         values["genrm/servers_alive"] = float(sum(server.down_since is None for server in servers))
         values["genrm/servers_down"] = float(sum(server.down_since is not None for server in servers))
         values["genrm/queued"] = float(self._dispatcher.waiting)

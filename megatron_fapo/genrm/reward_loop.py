@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -107,7 +108,12 @@ class RewardLoop:
         return score
 
     async def score_stream(
-        self, samples: AsyncIterator[Sample], *, judge: bool = True, turn: Callable[[], Awaitable[None]] | None = None
+        self,
+        samples: AsyncIterator[Sample],
+        *,
+        judge: bool = True,
+        turn: Callable[[], Awaitable[None]] | None = None,
+        group_size: int | None = None,
     ) -> AsyncGenerator[ScoredSample]:
         """Scores every sample once, from the moment it arrives, and yields each as soon as it is scored.
 
@@ -117,11 +123,14 @@ class RewardLoop:
 
         With `turn`, for servers that sleep while others generate, the GenRM is asked when `samples` has ended and
         `turn` has returned. All samples are taken then: right answers are handed on after the last has come.
+
+        With `group_size`, the samples of a prompt, the metrics tell when groups were complete.
         """
         finished: asyncio.Queue[asyncio.Task[ScoredSample | None]] = asyncio.Queue()
         running: set[asyncio.Task[ScoredSample | None]] = set()
         places = asyncio.Semaphore(self._max_in_flight)
         judging = None if turn is None else asyncio.Event()
+        groups, began = Counter[tuple[str, int]](), time.monotonic()
 
         def begin(work: Coroutine[Any, Any, ScoredSample | None]) -> None:
             task = asyncio.create_task(work, name="reward loop")
@@ -153,6 +162,11 @@ class RewardLoop:
                 scored = task.result()
                 if scored is not None:
                     places.release()
+                    group = scored.sample.key[:2]
+                    groups[group] += 1
+                    if groups[group] == group_size:
+                        self._counters.add("groups_complete")
+                        self._counters.observe("group", time.monotonic() - began)
                     yield scored
         finally:
             for task in running:

@@ -24,6 +24,7 @@ from megatron_fapo.errors import CheckpointError, UserError
 from megatron_fapo.observe.drift import DriftWatch
 from megatron_fapo.observe.log import setup_logging
 from megatron_fapo.observe.loggers import Loggers
+from megatron_fapo.observe.metrics import FILE as METRICS_FILE
 from megatron_fapo.observe.metrics import MetricsWriter, read_metrics
 from megatron_fapo.observe.progress import Progress
 from megatron_fapo.observe.report import write_report
@@ -61,7 +62,7 @@ class Run:
         """False while the policy is being updated: its weights are then no step's."""
         self.phases: dict[str, float] = {}
         self.drift = DriftWatch(config.observe.drift_window, config.observe.drift_threshold)
-        for record in read_metrics(self.dir):
+        for record in read_metrics(self.dir) if (self.dir / METRICS_FILE).exists() else []:
             self.drift.add(record)
 
     @contextlib.contextmanager
@@ -244,7 +245,7 @@ async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> l
         max_tokens=cfg.max_response_tokens,
     )
     scored: list[ScoredSample] = []
-    judged = cluster.reward.score_stream(counted(stream), turn=cluster.judges_turn())
+    judged = cluster.reward.score_stream(counted(stream), turn=cluster.judges_turn(), group_size=cfg.samples_per_prompt)
     async with contextlib.aclosing(judged) as results:
         async for each in results:
             scored.append(each)

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import OverlongConfig, RewardConfig
-from megatron_fapo.data.records import Sample, Score
+from megatron_fapo.data.records import Sample, SampleKey, Score
 from megatron_fapo.genrm.membership import GenRMUnavailable
 from megatron_fapo.genrm.reward_loop import RewardLoop
 from tests.faults.fake_server import Behaviour, FakeServer, Script, body, breaks_off, hangs, says, status
@@ -176,6 +176,27 @@ def test_under_chaos_every_sample_comes_out_once_and_none_as_sound() -> None:
         assert metrics["genrm/answered"] + metrics["genrm/unscored"] == metrics["genrm/called"] == 100
 
     run([chaos(1), chaos(2)], test, genrm=GENRM.model_copy(update={"max_concurrent_per_server": 8}))
+
+
+def test_no_sample_is_scored_twice_and_complete_groups_are_counted() -> None:
+    group = [make_sample(RIGHT), dataclasses.replace(make_sample(RIGHT), key=SampleKey("test/0", 0, 1))]
+
+    async def source(samples: list[Sample]) -> AsyncIterator[Sample]:
+        for sample in samples:
+            yield sample
+
+    async def test(loop: RewardLoop, servers: list[FakeServer]) -> None:
+        scored = [each async for each in loop.score_stream(source(group), group_size=2)]
+        assert [each.score.reward for each in scored] == [1.0, 1.0]
+        metrics = loop.metrics()
+        assert metrics["scoring/groups_complete"] == 1
+        assert len(servers[0].bodies) == 1, "identical solutions are judged once"
+        assert metrics["genrm/load_imbalance"] == 1.0
+        with pytest.raises(ValueError, match="came twice"):
+            async for _ in loop.score_stream(source([group[0], group[0]])):
+                pass
+
+    run([judge_says(-1)], test)
 
 
 def test_scores_stream_while_others_still_wait() -> None:
