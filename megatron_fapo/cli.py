@@ -99,7 +99,7 @@ def _genrm_serve(args: argparse.Namespace) -> int:
     config = checked_config(args)
     from megatron_fapo.training.serve import serve_command
 
-    return serve_command(config, path=args.rendezvous)
+    return serve_command(config, path=args.rendezvous, router_port=args.router)
 
 
 def _windtunnel(args: argparse.Namespace) -> int:
@@ -289,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
         genrm.add_parser("serve", help="GenRM servers for several runs, found through a file"), "serve"
     )
     serve.add_argument("--rendezvous", type=Path, required=True, metavar="FILE", help="where runs find the service")
+    serve.add_argument("--router", type=int, metavar="PORT", help="also one address for all, by vllm-router")
     serve.set_defaults(verb=_genrm_serve)
 
     launch = _with_config(verbs.add_parser("launch", help="train through NeMo-Run, here or as jobs of Slurm"))

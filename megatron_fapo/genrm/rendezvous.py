@@ -51,6 +51,8 @@ class Service:
     """Of Slurm."""
     api_key_env: str | None = None
     """Name of the environment variable whose value the servers ask for."""
+    router: str | None = None
+    """Base URL of a vllm-router in front of them, for whoever wants one address."""
 
     def __str__(self) -> str:
         job = f", Slurm job {self.job_id}" if self.job_id else ""

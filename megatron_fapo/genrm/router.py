@@ -38,7 +38,7 @@ class RouterError(UserError):
 class Router:
     """One router process on this node. Ends with its owner."""
 
-    def __init__(self, host: str, port: int, log_path: Path) -> None:
+    def __init__(self, port: int, log_path: Path) -> None:
         """Raises UserError when vllm-router is not installed or the port is taken."""
         here = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         program = shutil.which("vllm-router", path=here)
@@ -47,10 +47,11 @@ class Router:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((host, port))
-            except OSError as error:
-                raise UserError(f"--router: {host}:{port} cannot be used ({error.strerror}): choose another") from error
-        self._program, self._host, self._port, self._log = program, host, port, log_path
+                probe.bind(("", port))
+            except (OSError, OverflowError) as error:
+                raise UserError(f"--router: port {port} cannot be used ({error}): choose another") from error
+        self._program, self._port, self._log = program, port, log_path
+        self._host = "127.0.0.1"
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: Guard | None = None
 
@@ -59,12 +60,16 @@ class Router:
         """Base URL, as the servers have one."""
         return f"http://{self._host}:{self._port}/v1"
 
-    async def start(self, urls: Sequence[str]) -> None:
+    async def start(self, urls: Sequence[str], host: str | None = None) -> None:
         """Starts it in front of the servers with these base URLs, at least one, all of them up.
+
+        Args:
+            host: the address to serve on; None: the one before, at first 127.0.0.1.
 
         Raises:
             RouterError: it ended, or does not answer within START_S; nothing of it is left.
         """
+        self._host = host or self._host
         process = self._process = self._spawn(urls)
         deadline = time.monotonic() + START_S
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_S)) as session:

@@ -59,7 +59,7 @@ def test_one_address_for_servers_that_come_and_go(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(module, "FOLLOW_S", 0.1)
 
     async def main() -> None:
-        router = Router("127.0.0.1", free_port(), tmp_path / "router.log")
+        router = Router(free_port(), tmp_path / "router.log")
         async with named("a") as a, named("b") as b, named("c") as c:
             up = [a.url, b.url]
             await router.start(up)
@@ -91,7 +91,7 @@ def test_one_address_for_servers_that_come_and_go(tmp_path: Path, monkeypatch: p
 @needs_router
 def test_a_router_that_ends_gives_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Router, "options", lambda _self, _urls: ["--no-such-option"])
-    router = Router("127.0.0.1", free_port(), tmp_path / "router.log")
+    router = Router(free_port(), tmp_path / "router.log")
     with pytest.raises(RouterError, match=r"exit code 2(.|\n)*no-such-option"):
         asyncio.run(router.start(["http://127.0.0.1:9/v1"]))
 
@@ -99,18 +99,18 @@ def test_a_router_that_ends_gives_its_last_words(tmp_path: Path, monkeypatch: py
 def test_what_is_missing_or_taken_is_said_before_servers_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda _name, path: None)
     with pytest.raises(UserError, match=r"megatron-fapo\[router\]"):
-        Router("127.0.0.1", free_port(), tmp_path / "log")
+        Router(free_port(), tmp_path / "log")
     monkeypatch.setattr(module.shutil, "which", lambda _name, path: "vllm-router")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match="choose another"):
-            Router("127.0.0.1", taken.getsockname()[1], tmp_path / "log")
+            Router(taken.getsockname()[1], tmp_path / "log")
 
 
 def test_one_server_has_no_two_to_choose_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.shutil, "which", lambda _name, path: "vllm-router")
-    router = Router("127.0.0.1", free_port(), tmp_path / "log")
+    router = Router(free_port(), tmp_path / "log")
     for urls, policy in ((["http://a:1/v1"], "round_robin"), (["http://a:1/v1", "http://b:1/v1"], "power_of_two")):
         options = router.options(urls)
         assert options[options.index("--policy") + 1] == policy

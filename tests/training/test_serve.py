@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 
 from megatron_fapo.config import Config
 from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.config.reward import OverlongConfig, RewardConfig
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.data.solutions import write_solution
 from megatron_fapo.data.testbed import Problem, make_problem
@@ -23,8 +25,13 @@ from megatron_fapo.errors import UserError
 from megatron_fapo.genrm import rendezvous
 from megatron_fapo.genrm.client import GenRMClient
 from megatron_fapo.genrm.membership import GenRMUnavailable
+from megatron_fapo.genrm.reward_loop import RewardLoop
 from megatron_fapo.processes import Process
 from megatron_fapo.training import serve
+from megatron_fapo.training import servers as servers_module
+from megatron_fapo.training.servers import Servers
+from tests.genrm.samples import make_sample
+from tests.genrm.test_router import free_port
 from tests.training.runs import FapoProcess
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -50,13 +57,49 @@ async def judge_all(clients: list[GenRMClient], first: int, kill: int | None = N
     assert [outcome for outcome in outcomes if not isinstance(outcome, Verdict)] == []
 
 
+async def judge_through(router: str | None, first: int) -> None:
+    """By the one address, as soon as a server is known there."""
+    assert router is not None
+    config = GenRMConfig(urls=[router], servers=0, api_key_env=KEY, temperature=0.0, max_tokens=256, **PATIENT)
+    deadline = time.monotonic() + 60
+    while True:
+        client = GenRMClient([router], config)
+        try:
+            await client.check()
+            break
+        except GenRMUnavailable:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.5)
+    try:
+        await judge_all([client], first)
+    finally:
+        await client.close()
+
+
+async def score_by_a_recipes_function(urls: list[str]) -> None:
+    """Token ids to /generate and back, with vLLM's real answers."""
+    model = str(EXAMPLES / "models" / "genrm")
+    genrm = GenRMConfig(urls=urls, servers=0, model_path=model, api_key_env=KEY, **PATIENT)
+    reward = RewardConfig(
+        compute_score="tests.genrm.recipe_functions:by_generate", overlong=OverlongConfig(enabled=False)
+    )
+    sample = make_sample("\\boxed{2}")
+    sample = replace(sample, prompt=replace(sample.prompt, extra_info={"split": "train", "question": "1 + 1?"}))
+    async with RewardLoop(reward, genrm, urls, max_response_tokens=10) as loop:
+        score = await loop.score(sample)
+    (request,) = score.judging
+    assert (request.outcome, score.correct) == ("answered", True)
+    assert score.extra["critique_length"] == len(request.text), "its own text is what its token ids say"
+    assert 0 < request.completion_tokens <= 200
+
+
 @pytest.mark.timeout(1200)
 def test_two_runs_share_a_service_whose_server_is_killed(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(KEY, "a secret of the service and its runs")
     path, run_dir = tmp_path / "shared" / "judges.json", tmp_path / "service"
     overrides = (f"genrm.model_path={EXAMPLES / 'models' / 'genrm'}", f"run_dir={run_dir}", f"genrm.api_key_env={KEY}")
     command = ("genrm", "serve", "-c", str(EXAMPLES / "tiny_cpu.yaml"), "--rendezvous", str(path))
-    service = FapoProcess(tmp_path / "service.txt", *command, *overrides)
+    service = FapoProcess(tmp_path / "service.txt", *command, *overrides, "--router", str(free_port()))
 
     async def two_runs() -> None:
         config = GenRMConfig(
@@ -71,6 +114,8 @@ def test_two_runs_share_a_service_whose_server_is_killed(tmp_path, monkeypatch) 
             with pytest.raises(GenRMUnavailable, match="HTTP 401"):
                 await GenRMClient(met.urls, GenRMConfig()).check()
             await judge_all(clients, 0)
+            await judge_through(met.router, 200)
+            await score_by_a_recipes_function(met.urls)
             (server,) = service.pids("genrm.server_process")
             await judge_all(clients, 100, kill=server)
             again = rendezvous.read(path)
@@ -78,6 +123,8 @@ def test_two_runs_share_a_service_whose_server_is_killed(tmp_path, monkeypatch) 
             assert again.started == met.started
             assert again.heartbeat > met.heartbeat
             assert again.urls != met.urls
+            assert again.router == met.router
+            await judge_through(met.router, 300)
         finally:
             for client in clients:
                 await client.close()
@@ -129,22 +176,18 @@ class PlayedServer:
 
 
 def test_the_file_names_the_servers_that_are_up_until_the_last_is_lost(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(serve, "CHECK_S", 0.01)
+    monkeypatch.setattr(servers_module, "CHECK_S", 0.01)
 
     async def node_gone(*_: object) -> str:
         return "its node is gone"
 
-    monkeypatch.setattr(serve, "how_lost", node_gone)
+    monkeypatch.setattr(servers_module, "how_lost", node_gone)
     monkeypatch.setattr(rendezvous, "HEARTBEAT_S", 0.02)
     path, seen = tmp_path / "judges.json", []
     monkeypatch.setattr(rendezvous, "write", lambda _, service: seen.append(service))
-    servers = [PlayedServer(20, 40), PlayedServer(60)]
-    cluster = SimpleNamespace(
-        genrm_servers=servers,
-        genrm_processes=[Process("genrm", 0), Process("genrm", 1)],
-        genrm_urls=["life-0", "other"],
-    )
-    died = asyncio.run(serve._announce(Config(), path, cluster))
+    ours = Servers([Process("genrm", 0), Process("genrm", 1)], [PlayedServer(20, 40), PlayedServer(60)])
+    ours.up = {0: "life-0", 1: "other"}
+    died = asyncio.run(serve._announce(Config(), path, SimpleNamespace(servers=ours, genrm_urls=ours.urls)))
     assert died.lost
     assert "its node is gone" in str(died)
     lists = [urls for urls, _ in itertools.groupby(service.urls for service in seen)]
