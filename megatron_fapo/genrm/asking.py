@@ -142,22 +142,27 @@ class Asker:
 
     async def _hedged(self, place: Place, case: Case, critique: Critique, max_tokens: int) -> Answered | Failure:
         cut = Cut(self._config.request_timeout_s)
-        hedge: asyncio.Task[Answered | Failure] | None = None
+        hedge: asyncio.Task[Answered | Failure | None] | None = None
+
+        async def second() -> Answered | Failure | None:
+            # The place is taken in here: a task that is cancelled before it has begun could not give it back.
+            other = self._dispatcher.spare({place.server, *critique.tried}, place.tokens)
+            if other is None:
+                return None
+            if not self._budget.spend():
+                self._dispatcher.leave(other, Effect.NOTHING)
+                return None
+            self._counters.add("hedged")
+            return await self._request(
+                other, case, critique, max_tokens, Cut(self._config.request_timeout_s), hedge=True
+            )
 
         def begin() -> None:
             nonlocal hedge
-            other = self._dispatcher.spare({place.server, *critique.tried}, place.tokens)
-            if other is None:
-                return
-            if not self._budget.spend():
-                return self._dispatcher.leave(other, Effect.NOTHING)
-            self._counters.add("hedged")
-            second = Cut(self._config.request_timeout_s)
-            work = self._request(other, case, critique, max_tokens, second, hedge=True)
-            hedge = asyncio.create_task(work, name="genrm hedge")
+            hedge = asyncio.create_task(second(), name="genrm hedge")
             hedge.add_done_callback(won)
 
-        def won(task: asyncio.Task[Answered | Failure]) -> None:
+        def won(task: asyncio.Task[Answered | Failure | None]) -> None:
             if not task.cancelled() and task.exception() is None and isinstance(task.result(), Answered):
                 cut.now(FailureKind.CANCELLED, "another server was quicker")
 
@@ -167,7 +172,7 @@ class Asker:
         try:
             outcome = await self._request(place, case, critique, max_tokens, cut)
             if isinstance(outcome, Failure) and hedge is not None:
-                outcome = await hedge
+                outcome = await hedge or outcome
                 self._counters.add("hedges_won", isinstance(outcome, Answered))
             return outcome
         finally:
