@@ -5,6 +5,7 @@ Importing megatron takes longer than a step of a tiny model, so the processes st
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import pickle
 import traceback
@@ -48,6 +49,7 @@ def _serve(rank: int, pipe: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
+        gc.collect()  # models refer to themselves, and keep 60 threads and 80 files of their process groups
 
 
 class Ranks:
