@@ -54,10 +54,13 @@ _POSING = re.compile(
     | \[(?=[/|]?(?:{_SQUARED})\])
     | /(?<!\S/)(?=(?:no_?)?think(?!\w))                                          # soft switches of hybrid models
     | \\(?=boxed)                                                                # where it holds -1
-    | [\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]
-    | [\ud800-\udfff\U000e0000-\U000e0fff]                                       # unseen by people, or by tokenizers
     """,
     re.VERBOSE,
+)
+# What people, JSON or tokenizers do not see. A search of its own: in the one above it would make the skipping slow.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 # Look-alikes, one character for one, so that what is found in the folded text stands at the same place in the original.
 _FOLD = (
@@ -79,6 +82,7 @@ def neutralise(text: str) -> str:
     soft switches `/think` and `/no_think`, boxes that hold -1; all of them in look-alike characters too. So do control
     and invisible characters and lone surrogates. Instructions in plain words cannot be recognised and stay.
     """
+    text = _UNSEEN.sub(lambda match: f"&#{ord(match.group())};", text)
     folded = text if text.isascii() else text.translate(_FOLD)
     pieces, end = [], 0
     for match in _POSING.finditer(folded):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.reward import RewardConfig
+from megatron_fapo.data.records import Score
+from megatron_fapo.genrm.reward_loop import RewardLoop
 from megatron_fapo.genrm.rules import RuleResult, math_verify_rule
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from megatron_fapo.genrm.verifier import Verifier
+from tests.genrm.samples import make_sample
 
 TRAPS = {
     "a factorial": "1000000000!",
@@ -72,3 +76,22 @@ def test_the_normaliser_on_a_megabyte() -> None:
 def test_the_rule_itself_off_the_main_thread() -> None:
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(math_verify_rule, "\\boxed{\\frac{1}{2}}", "0.5").result(60).correct
+
+
+def test_where_the_rules_differ_is_counted_and_kept_with_the_sample() -> None:
+    pairs = [("0.5", "1/2"), ("(A)", "A"), ("\\text{north}", "north"), ("3", "3"), ("4", "3")]
+
+    async def main() -> tuple[list[Score], dict[str, float]]:
+        reward = RewardConfig(verifier_processes=1)
+        async with RewardLoop(reward, GenRMConfig(enabled=False), [], max_response_tokens=8192) as loop:
+            samples = [make_sample(f"\\boxed{{{box}}}", truth) for box, truth in pairs]
+            return [await loop.score(sample) for sample in samples], loop.metrics()
+
+    scores, metrics = asyncio.run(main())
+    assert [score.correct for score in scores] == [True, True, False, True, False], "math_verify decides"
+    alone = [[key for key in score.extra if key.startswith("right_by_")] for score in scores]
+    by_math, by_string = ["right_by_math_verify_alone"], ["right_by_recipe_string_alone"]
+    assert alone == [by_math, by_math, by_string, [], []]
+    assert metrics["scoring/rule_agreement"] == 2 / 5
+    assert metrics["scoring/right_by_math_verify_alone"] == 2
+    assert metrics["scoring/right_by_recipe_string_alone"] == 1
