@@ -137,6 +137,14 @@ def test_neutralising_is_done_once_bounded_and_leaves_nothing(text: str) -> None
 
 
 @settings(deadline=None)
+@given(TEXT)
+def test_a_whole_that_is_clean_has_clean_paragraphs(solution: str) -> None:
+    paragraphs = split_paragraphs(solution)
+    if paragraphs:
+        whole, apart = (judge_messages("q", "2", each, "tagged") for each in (solution, paragraphs))
+        assert whole == apart
+
+
 @given(TEXT, TEXT)
 def test_the_prompt_has_the_paragraphs_of_the_solution_and_no_others(question: str, solution: str) -> None:
     paragraphs = split_paragraphs(solution)
