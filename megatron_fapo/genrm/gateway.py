@@ -13,6 +13,7 @@ import asyncio
 import json
 import logging
 import random
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 MOST_REQUESTS = 16384
 """Under way or waiting; further ones are answered with 503."""
+MOST_VISITS = 4096
+"""Functions at work at once; further ones wait. Each has three open files: its port, and both ends of a connection."""
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
 EXPECTED_CRITIQUE_TOKENS = 1024
 _TEXT_KEPT = 200
@@ -109,6 +112,7 @@ class Gateway:
         self._web: web.Server | None = None
         self._visits: dict[int, Visit] = {}
         self._under_way = 0
+        self._places = asyncio.Semaphore(0)
 
     async def check(self) -> None:
         """As GenRMClient.check."""
@@ -119,6 +123,7 @@ class Gateway:
         except BaseException:
             await self.close()
             raise
+        self._places = asyncio.Semaphore(_visits(len(self._pool.servers) * self._config.max_concurrent_per_server))
 
     @asynccontextmanager
     async def visit(self, name: str) -> AsyncIterator[Visit]:
@@ -128,16 +133,17 @@ class Gateway:
             PoolEmptyError: no server has answered anybody for genrm.pool_empty_timeout_s.
         """
         assert self._web is not None
-        listener = socket.create_server((HOST, 0))
-        port = listener.getsockname()[1]
-        visit = self._visits[port] = Visit(name)
-        visit.address = f"{HOST}:{port}"
-        server = await asyncio.get_running_loop().create_server(self._web, sock=listener)
-        try:
-            yield visit
-        finally:
-            server.close()
-            del self._visits[port]
+        async with self._places:
+            listener = socket.create_server((HOST, 0))
+            port = listener.getsockname()[1]
+            visit = self._visits[port] = Visit(name)
+            visit.address = f"{HOST}:{port}"
+            server = await asyncio.get_running_loop().create_server(self._web, sock=listener)
+            try:
+                yield visit
+            finally:
+                server.close()
+                del self._visits[port]
         if visit.lost is not None:
             raise visit.lost
 
@@ -303,6 +309,16 @@ class Gateway:
                 self._counters.add("truncated", reply.cut)
             visit.history.append(JudgeRequest(server, what, began - visit.began, took_s, tokens, text=said))
         return reply
+
+
+def _visits(connections: int) -> int:
+    """As many as the limit of open files allows beside the `connections` to servers; the soft limit is raised."""
+    needed = connections + 512 + 3 * MOST_VISITS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return max(1, MOST_VISITS - (needed - limit) // 3)
 
 
 @dataclass

@@ -77,9 +77,10 @@ def run(
     reward: RewardConfig,
     genrm: GenRMConfig,
     test: Callable[[RewardLoop, list[FakeServer]], Awaitable[None]],
+    context: int = 32768,
 ) -> None:
     async def main() -> None:
-        servers = [await FakeServer(script).start() for script in scripts]
+        servers = [await FakeServer(script, context).start() for script in scripts]
         try:
             async with RewardLoop(reward, genrm, [server.url for server in servers], max_response_tokens=10) as loop:
                 await test(loop, servers)
@@ -204,16 +205,25 @@ def test_a_request_repeated_by_the_function_counts_and_one_beside_it_does_not(ge
 
 def test_a_critique_that_does_not_fit_gets_the_room_that_is_left(genrm: GenRMConfig) -> None:
     def full(asked: dict, _number: int) -> Behaviour:
-        too_long = asked.get("max_tokens", 0) > (500 if "messages" in asked else 300)
-        if too_long:
-            return status(400, "This model's maximum context length is 512 tokens")
-        return says(FLAWED) if "messages" in asked else completes(genrm, FLAWED, asked["ends"])
+        if asked.get("max_tokens", 0) + len(asked.get("prompt", "")) > context:
+            return status(400, f"This model's maximum context length is {context} tokens")
+        return says(FLAWED) if "messages" in asked else completes(genrm, FLAWED)
+
+    context = 250
 
     async def test(loop: RewardLoop, servers: list[FakeServer]) -> None:
         assert (await loop.score(sample())).reward == 0.0
         assert "max_tokens" not in servers[0].bodies[1]
 
-    run([full], reward("by_chat"), genrm, test)
+    run([full], reward("by_chat"), genrm, test, context)
+
+    async def test_ids(loop: RewardLoop, servers: list[FakeServer]) -> None:
+        assert (await loop.score(sample())).reward == 0.0
+        first, second = servers[0].bodies
+        assert first["max_tokens"] == 200
+        assert len(second["prompt"]) + second["max_tokens"] == context
+
+    run([full], reward("by_generate"), genrm, test_ids, context)
 
     async def cut(loop: RewardLoop, _servers: list[FakeServer]) -> None:
         score = await loop.score(sample())
