@@ -69,7 +69,8 @@ async def sample_set(config: Config, cluster: Cluster, name: str, prompts: tuple
         sampling=SamplingConfig(temperature=cfg.temperature, top_p=cfg.top_p),
         max_tokens=config.rollout.max_response_tokens,
     )
-    turn = cluster.judges_turn(keep_weights=True) if config.genrm.judge_eval else None
+    asked = config.genrm.judge_eval or config.reward.compute_score is not None
+    turn = cluster.judges_turn(keep_weights=True) if asked else None
     judged = cluster.reward.score_stream(stream, judge=config.genrm.judge_eval, turn=turn)
     async with contextlib.aclosing(judged) as scored:
         groups = make_groups([(prompt, 0) for prompt in prompts], [each async for each in scored])
