@@ -216,7 +216,8 @@ def main() -> int:
     problems = result.problems()
     print("\n".join(problems) or "all accounted for, none wrong, nothing grew")
     if args.json:
-        args.json.write_text(json.dumps(asdict(result) | {"problems": problems}, indent=1) + "\n")
+        readings = [asdict(reading) for reading in result.readings]
+        args.json.write_text(json.dumps(vars(result) | {"readings": readings, "problems": problems}, indent=1) + "\n")
     return int(bool(problems))
 
 
