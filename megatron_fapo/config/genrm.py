@@ -55,7 +55,7 @@ class GenRMConfig(Section):
     max_concurrent_per_server: int = Field(256, ge=1)
     """Requests in flight to one server; further ones wait in order."""
     hedge_share: float = Field(0.05, ge=0, le=1)
-    """Most requests that may be sent a second time, to another server, when they take longer than 95 % do: as a share
+    """Most requests that may be sent a second time, to another server, when they take longer than 97 % do: as a share
     of all. The first answer counts and the other request is cancelled. 0: none."""
     votes: int = Field(1, ge=1)
     """Critiques for one verdict, with seeds of their own; the majority decides, and asking ends when it is reached.

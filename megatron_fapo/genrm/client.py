@@ -3,10 +3,10 @@
     judge -> shared with identical ones -> votes -> critique -> asked of servers (asking.py) -> read (verdict.py)
                                                     `-> too long for the context: windows, one critique each
 
-A critique that is cut or cannot be read is asked for once more, with another seed and twice the room. The clock of
-`genrm.deadline_s` starts when a verdict's first request is sent: queueing behind other verdicts is not the judge's
-fault, and stands still while no server answers anybody. When that lasts for `genrm.pool_empty_timeout_s`, whoever waits
-gets a PoolEmptyError: scoring cannot go on, and nothing is scored by default.
+A critique that is cut is asked for once more with twice the room, one that cannot be read twice more, with other seeds.
+The clock of `genrm.deadline_s` starts when a verdict's first request is sent: queueing behind other verdicts is not the
+judge's fault. It stands still while no server answers anybody. When that lasts for `genrm.pool_empty_timeout_s`, who
+waits gets a PoolEmptyError: scoring cannot go on, and nothing is scored by default.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from megatron_fapo.observe.stall import WAITS
 
 log = logging.getLogger(__name__)
 
+TRIES = 3
+"""Critiques for one that can be read. If 1 % are nonsense, two tries leave one verdict in 10,000 without."""
 MOST_JUDGEMENTS = 8192
 """Under way at once; whoever wants more waits."""
 _WINDOW_HALVINGS = 3
@@ -292,12 +294,12 @@ class GenRMClient:
     async def _critique(
         self, case: Case, asked: _Question, messages: list[dict[str, str]], of: int | Window | None, vote: int
     ) -> _Finding | Unscored:
-        """One critique that can be read, in two tries. `of`: which indices it may name."""
+        """One critique that can be read, in TRIES tries. `of`: which indices it may name."""
         start = of.start if isinstance(of, Window) else 0
         seed = _seed(asked.key, vote, start)
         again = asked.key if self._config.votes > 1 and not start else None
         critique, max_tokens = Critique(messages, seed, vote, start, again), self._config.max_tokens
-        for last in (False, True):
+        for tries_left in reversed(range(TRIES)):
             outcome = await self._asker.ask(case, critique, max_tokens)
             if isinstance(outcome, Failure):
                 return self._given_up(outcome, critique)
@@ -308,11 +310,14 @@ class GenRMClient:
                 return _Finding(index, answer.critique, outcome.server)
             self.counters.add(index.removeprefix("genrm_"))
             unread = Unscored(index, f"critique ends: {answer.critique[-200:]!r}")
+            cut = index is Reason.GENRM_TRUNCATED
             # Greedy, the same critique would come again; only one that was cut may end in a larger room.
-            greedy = self._config.temperature == 0 and index is not Reason.GENRM_TRUNCATED
-            if last or greedy or critique.attempts >= self._config.max_attempts:
+            vain = max_tokens > self._config.max_tokens if cut else self._config.temperature == 0
+            if vain or not tries_left or critique.attempts >= self._config.max_attempts:
                 break
-            critique.seed, max_tokens = critique.seed + 1, 2 * self._config.max_tokens
+            critique.seed += 1
+            if cut:
+                max_tokens *= 2
         return unread
 
     def _given_up(self, failure: Failure, critique: Critique) -> Unscored:
@@ -338,7 +343,7 @@ def _seed(key: str, vote: int, window: int) -> int:
     """From the content: a resumed run asks the same again. A retry asks with the next one."""
     if vote or window:
         key = _content_key(key, str(vote), str(window))
-    return int(key[:7], 16) & ~1
+    return int(key[:7], 16)
 
 
 def _content_key(*parts: str) -> str:

@@ -1,6 +1,6 @@
 """When a slow request gets a second one beside it, and how many may: pure, with observations passed in.
 
-A request that takes longer than 95 % do is likely to be held up by its server; another server probably answers in half
+A request that takes longer than 97 % do is likely to be held up by its server; another server probably answers in half
 the time. The budget keeps what this costs bounded when every request is slow, which a second one would make slower.
 """
 

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 TICK_S = 0.1
 """How often due probes, silent servers and an empty pool are looked for."""
 PROBE_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 30.0
+"""Longer than a driver is late that begins thousands of judgements at once: its own delay is no server's fault."""
 PAUSE_S, COUNTDOWN_S = 1.0, 15.0
 """After how long a pause of the scoring is announced, and how often then."""
 
@@ -138,7 +140,7 @@ class Membership:
             _allow_connections(len(self._pool.servers) * self._config.max_concurrent_per_server)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),  # the pool bounds concurrency; a second bound would hide it
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=PROBE_TIMEOUT_S),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
                 headers=_authorization(self._config.api_key_env),
             )
             self._begin(self._tend(), "watch the GenRM servers")

@@ -143,7 +143,7 @@ def test_each_failure_has_its_reason_and_its_count() -> None:
         run([always(FAILURES[failure])], test, max_attempts=2, deadline_s=2.5)
 
 
-def test_an_unreadable_critique_is_asked_for_once_more_with_another_seed() -> None:
+def test_an_unreadable_critique_is_asked_for_again_with_another_seed() -> None:
     async def test(client: GenRMClient, servers: list[FakeServer]) -> None:
         outcome = await judge(client)
         assert isinstance(outcome, Verdict)
@@ -359,7 +359,7 @@ def test_a_failed_judgement_is_not_kept_for_the_next_identical_one() -> None:
         assert reason(await judge(client)) is Reason.GENRM_UNPARSABLE
         assert isinstance(await judge(client), Verdict)
 
-    run([in_turn(says("?"), says("?"), SOUND)], test)
+    run([in_turn(says("?"), says("?"), says("?"), SOUND)], test)
 
 
 @pytest.mark.parametrize("listed", [True, False])

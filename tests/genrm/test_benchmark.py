@@ -12,8 +12,7 @@ CASES = ["burst", "hang", "killed", "nonsense", "tail"]
 
 
 def test_no_fault_loses_a_verdict_or_makes_one_wrong(tmp_path: Path) -> None:
-    # With this seed no problem can meet nonsense twice, which would cost the second try too.
-    size = ["--quick", "--problems", "150", "--seed", "1", "--p50-ms", "20"]
+    size = ["--quick", "--problems", "150", "--seed", "2", "--p50-ms", "20"]  # a seed with nonsense in so few
     out = tmp_path / "rows.json"
     command = [sys.executable, str(SCRIPT), "--systems", "megatron_fapo", "--cases", *CASES, *size, "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
