@@ -28,14 +28,14 @@ from megatron_fapo.genrm.transport import Answer, Cut, Failure, FailureKind, ask
 from megatron_fapo.observe.stall import Wait
 
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
-EXPECTED_CRITIQUE_TOKENS = 1024.0
+EXPECTED_CRITIQUE_TOKENS = 1024
 """Until the first critiques show their length."""
 HEDGE_QUANTILE = 0.97
 """Lower, and requests that are long anywhere use up a budget of a few percent before those that a server holds up."""
-_TEXT_KEPT = 200
+TEXT_KEPT = 200
 """Of what a failure says."""
 
-_EFFECTS = {
+EFFECTS = {
     FailureKind.TIMEOUT: Effect.FAILED,
     FailureKind.NO_CONNECTION: Effect.FAILED,
     FailureKind.CONNECTION: Effect.FAILED,
@@ -50,7 +50,7 @@ _EFFECTS = {
     FailureKind.SILENT: Effect.NOTHING,  # whoever cut it has buried the server
     FailureKind.CANCELLED: Effect.NOTHING,
 }
-_COSTS_NO_ATTEMPT = {
+COSTS_NO_ATTEMPT = {
     FailureKind.BUSY,
     FailureKind.GONE,
     FailureKind.NO_CONNECTION,
@@ -112,7 +112,7 @@ class Asker:
 
     def __init__(self, config: GenRMConfig, servers: Membership, dispatcher: Dispatcher, counters: Counters) -> None:
         self._config, self._servers, self._dispatcher, self._counters = config, servers, dispatcher, counters
-        self._critique_tokens = EXPECTED_CRITIQUE_TOKENS
+        self._critique_tokens = float(EXPECTED_CRITIQUE_TOKENS)
         self._budget = HedgeBudget(config.hedge_share)
         self.latencies = Latencies()
 
@@ -134,12 +134,11 @@ class Asker:
             if isinstance(outcome, Answered):
                 critique.attempts += 1
                 return outcome
-            critique.attempts += outcome.kind not in _COSTS_NO_ATTEMPT
+            critique.attempts += outcome.kind not in COSTS_NO_ATTEMPT
             critique.failures.append(outcome)
             if outcome.kind is FailureKind.CONTEXT or critique.attempts >= self._config.max_attempts:
                 return outcome
-            backoff_s = min(FIRST_BACKOFF_S * 2 ** len(critique.failures), LAST_BACKOFF_S)
-            await asyncio.sleep(random.uniform(0.5, 1.0) * backoff_s)
+            await back_off(len(critique.failures))
 
     async def _hedged(self, place: Place, case: Case, critique: Critique, max_tokens: int) -> Answered | Failure:
         cut = Cut(self._config.request_timeout_s)
@@ -208,7 +207,7 @@ class Asker:
                     case.says(outcome.booked, FailureKind.CONTEXT)
                     return Failure(FailureKind.CONTEXT, f"the context left {outcome.answer.completion_tokens} tokens")
             if isinstance(outcome, Failure):
-                effect, busy_for_s = _EFFECTS[outcome.kind], outcome.busy_for_s
+                effect, busy_for_s = EFFECTS[outcome.kind], outcome.busy_for_s
                 critique.tried.add(place.server)
             else:
                 effect = Effect.ANSWERED
@@ -234,7 +233,7 @@ class Asker:
             took_s = time.monotonic() - began
             what, tokens, text = "answered", 0, ""
             if isinstance(outcome, Failure):
-                what, text = outcome.kind, outcome.detail[:_TEXT_KEPT]
+                what, text = outcome.kind, outcome.detail[:TEXT_KEPT]
                 self._counters.add(f"failed/{what}")
             else:
                 tokens, text = outcome.completion_tokens, outcome.critique
@@ -259,3 +258,8 @@ class Asker:
         self._counters.add("completion_tokens", tokens)
         self._counters.add("prompt_tokens", outcome.prompt_tokens)
         return Answered(outcome, server, len(case.history) - 1)
+
+
+async def back_off(failures: int) -> None:
+    """Waits before the next of several requests: longer each time, and not all at the same moment."""
+    await asyncio.sleep(random.uniform(0.5, 1.0) * min(FIRST_BACKOFF_S * 2**failures, LAST_BACKOFF_S))

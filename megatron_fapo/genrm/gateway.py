@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import resource
 import socket
 import time
@@ -25,6 +24,7 @@ from aiohttp import web
 
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import JudgeRequest
+from megatron_fapo.genrm.asking import COSTS_NO_ATTEMPT, EFFECTS, EXPECTED_CRITIQUE_TOKENS, TEXT_KEPT, back_off
 from megatron_fapo.genrm.counters import Counters
 from megatron_fapo.genrm.deadlines import Deadline, Deadlines
 from megatron_fapo.genrm.dispatch import Dispatcher
@@ -44,13 +44,8 @@ MOST_REQUESTS = 16384
 """Under way or waiting; further ones are answered with 503."""
 MOST_VISITS = 4096
 """Functions at work at once; further ones wait. Each has three open files: its port, and both ends of a connection."""
-FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.1, 5.0
-EXPECTED_CRITIQUE_TOKENS = 1024
-_TEXT_KEPT = 200
-_NO_ATTEMPT = {FailureKind.BUSY, FailureKind.GONE, FailureKind.NO_CONNECTION, FailureKind.WITHDRAWN, FailureKind.SILENT}
 _AT_FAULT = {FailureKind.HTTP_4XX, FailureKind.CONTEXT}
 """It is the request: whoever sent it hears what the server says."""
-_NO_EFFECT = {*_AT_FAULT, FailureKind.WITHDRAWN, FailureKind.SILENT, FailureKind.CANCELLED}
 _EVERYWHERE = ("/chat/completions", "/completions", "/models")
 """What a server lacks beside these does not make it ill."""
 _REASONS = {FailureKind.CONTEXT: Reason.GENRM_CONTEXT, FailureKind.HTTP_4XX: Reason.GENRM_REFUSED}
@@ -255,18 +250,21 @@ class Gateway:
                 if isinstance(reply, Failure) and reply.kind is FailureKind.CONTEXT:
                     reply = await self._send_shorter(visit, place.server, path, body or {}, reply)
             finally:
-                self._dispatcher.leave(place, _effect(reply), reply.busy_for_s if isinstance(reply, Failure) else 0.0)
+                effect, busy_for_s = Effect.ANSWERED, 0.0
+                if isinstance(reply, Failure):
+                    effect, busy_for_s = EFFECTS[reply.kind], reply.busy_for_s
+                self._dispatcher.leave(place, effect, busy_for_s)
             if not isinstance(reply, Failure):
                 return from_completion(reply.json) if generate else reply.json
             tried.add(place.server)
             failures += 1
-            attempts += reply.kind not in _NO_ATTEMPT
+            attempts += reply.kind not in COSTS_NO_ATTEMPT
             if reply.kind in _AT_FAULT:
                 return reply
             if attempts >= self._config.max_attempts:
                 return Failure(reply.kind, f"no answer in {failures} requests; {reply.kind}: {reply.detail}")
             self._counters.add("retries")
-            await asyncio.sleep(random.uniform(0.5, 1.0) * min(FIRST_BACKOFF_S * 2**failures, LAST_BACKOFF_S))
+            await back_off(failures)
 
     async def _send_shorter(
         self, visit: Visit, server: str, path: str, body: dict[str, Any], failure: Failure
@@ -300,7 +298,7 @@ class Gateway:
         finally:
             took_s, what, tokens = time.monotonic() - began, "answered", 0
             if isinstance(reply, Failure):
-                what, said = reply.kind, reply.detail[:_TEXT_KEPT]
+                what, said = reply.kind, reply.detail[:TEXT_KEPT]
                 self._counters.add(f"failed/{what}")
             else:
                 said, tokens = reply.said, reply.tokens
@@ -342,14 +340,6 @@ def _read(path: str, body: dict[str, Any] | None, text: str) -> _Reply | Failure
         return _Reply(reply, said or "", tokens, choice.get("finish_reason") == "length")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         return Failure(FailureKind.BAD_BODY, f"not a completion ({type(error).__name__}: {error}): {text[:200]}")
-
-
-def _effect(reply: _Reply | Failure) -> Effect:
-    if not isinstance(reply, Failure):
-        return Effect.ANSWERED
-    if reply.kind in _NO_EFFECT:
-        return Effect.NOTHING
-    return {FailureKind.GONE: Effect.GONE, FailureKind.BUSY: Effect.BUSY}.get(reply.kind, Effect.FAILED)
 
 
 def _object(raw: bytes) -> dict[str, Any]:
