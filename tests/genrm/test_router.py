@@ -68,7 +68,7 @@ def test_one_address_for_servers_that_come_and_go(tmp_path: Path, monkeypatch: p
             try:
                 await until(router, {"a", "b"})
                 await b.stop()
-                assert set(await answers(router)) == {"a"}, "a dead server is its own business"
+                await until(router, {"a"})  # what a dead server means is its own business
                 up[1] = c.url  # started again, on another port
                 await until(router, {"a", "c"})
                 up[:] = [c.url]

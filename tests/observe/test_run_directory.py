@@ -38,6 +38,7 @@ def test_a_sample_file_answers_why_a_sample_got_its_reward(tmp_path):
         "latency_s": 0.25,
         "attempts": 1,
         "completion_tokens": 40,
+        "agreement": 1.0,
     }
     assert (flawed["weight_version"], flawed["finish_reason"], flawed["response_tokens"]) == (3, "stop", 22)
     assert (unscored["reward"], unscored["unscored_reason"], unscored["verdict"]) == (None, "genrm_deadline", None)
