@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import json
 import socket
@@ -101,7 +102,7 @@ TEMPLATE = (
 )
 
 
-class BehindRouter:
+class BehindRouter(abc.ABC):
     """A router, and before it a reward function that does what FAPO's published one does.
 
     For each verdict a session of its own; one attempt; an answer that cannot be read, whatever its HTTP status, counts
@@ -114,8 +115,9 @@ class BehindRouter:
         self._url = ""
         self.notes: dict[str, float] = {}
 
+    @abc.abstractmethod
     def _command(self, port: int, urls: list[str]) -> list[str]:
-        raise NotImplementedError
+        """That starts the router on `port`, before the servers at `urls`."""
 
     async def open(self, urls: list[str]) -> None:
         self.notes = {}

@@ -196,8 +196,9 @@ class Membership:
         # One that has just come back may be writing its first critique.
         recovering = any(server.state is State.RECOVERING and server.requests for server in self._pool.present())
         if left_s + (self._config.request_timeout_s if recovering else 0.0) <= 0:
-            whom = Process("genrm", 0)
-            what = f"none of {len(self._pool.present())} servers has answered anybody for {now - since:.0f} s"
+            urls = [server.url for server in self._pool.present()]
+            whom = next((WAITS.processes[url] for url in urls if url in WAITS.processes), Process("genrm", 0))
+            what = f"no server of the pool ({', '.join(urls) or 'it has none'}) has answered anybody for {now - since:.0f} s"
             self._lost(PoolEmptyError(whom, what, lost=True))
         elif now - max(self._announced, since) >= (COUNTDOWN_S if self._announced else PAUSE_S):
             self._announced = now

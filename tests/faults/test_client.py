@@ -268,7 +268,7 @@ def test_when_every_server_stays_dead_scoring_pauses_with_a_countdown_and_then_e
         assert 1.5 <= time.monotonic() - started < 4.0
         assert all(error.lost for error in outcomes if isinstance(error, PoolEmptyError)), "a job is worth another try"
         late = time.monotonic()
-        with pytest.raises(PoolEmptyError, match="none of 1 servers has answered anybody"):
+        with pytest.raises(PoolEmptyError, match=r"no server of the pool \(http://.*\) has answered anybody"):
             await judge(client, 99)
         assert time.monotonic() - late < 0.5
         await servers[0].start()
