@@ -198,7 +198,8 @@ class Membership:
         if left_s + (self._config.request_timeout_s if recovering else 0.0) <= 0:
             urls = [server.url for server in self._pool.present()]
             whom = next((WAITS.processes[url] for url in urls if url in WAITS.processes), Process("genrm", 0))
-            what = f"no server of the pool ({', '.join(urls) or 'it has none'}) has answered anybody for {now - since:.0f} s"
+            named = ", ".join(urls) or "it has none"
+            what = f"no server of the pool ({named}) has answered anybody for {now - since:.0f} s"
             self._lost(PoolEmptyError(whom, what, lost=True))
         elif now - max(self._announced, since) >= (COUNTDOWN_S if self._announced else PAUSE_S):
             self._announced = now
