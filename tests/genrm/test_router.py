@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,9 +15,6 @@ from megatron_fapo.genrm import router as module
 from megatron_fapo.genrm.router import Router, RouterError
 from megatron_fapo.rollout.guard import tagged_pids
 from tests.faults.fake_server import FakeServer, says
-
-installed = shutil.which("vllm-router", path=str(Path(sys.executable).parent)) is not None
-needs_router = pytest.mark.skipif(not installed, reason="the extra `router` is not installed")
 
 
 def free_port() -> int:
@@ -53,7 +48,6 @@ async def until(router: Router, names: set[str]) -> None:
     raise AssertionError(f"not {names} within a while: {await answers(router)}")
 
 
-@needs_router
 @pytest.mark.timeout(300)
 def test_one_address_for_servers_that_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FOLLOW_S", 0.1)
@@ -88,7 +82,6 @@ def test_one_address_for_servers_that_come_and_go(tmp_path: Path, monkeypatch: p
     asyncio.run(main())
 
 
-@needs_router
 def test_a_router_that_ends_gives_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Router, "options", lambda _self, _urls: ["--no-such-option"])
     router = Router(free_port(), tmp_path / "router.log")
