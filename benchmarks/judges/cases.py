@@ -20,6 +20,7 @@ CASES = {
     "hang": "1 of 4 servers accepts and never answers, from a tenth of the way on",
     "killed": "1 of 4 servers is killed at a tenth of the way, and is back after 26 p50",
     "nonsense": "1 % of the answers are nonsense, with HTTP 200",
+    "babbler": "1 of 4 servers talks nonsense when it is first asked about a problem: some for certain, never in a row",
     "tail": "2 % of the requests are slow: the 99th percentile is 20 p50",
 }
 DOWN_OF_P50 = 26

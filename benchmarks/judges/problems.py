@@ -75,7 +75,8 @@ def service_s(seed: int, number: int, case: str, request: tuple[int, int], p50_s
 
 
 def critique(seed: int, number: int, verdict: int, case: str, request: tuple[int, int]) -> str:
-    if case == "nonsense" and chance("nonsense", seed, number, *request) < NONSENSE_SHARE:
+    unlucky = case == "nonsense" and chance("nonsense", seed, number, *request) < NONSENSE_SHARE
+    if unlucky or (case == "babbler" and request == (0, 0)):
         return NONSENSE[int(chance("which", seed, number, *request) * len(NONSENSE))]
     said = "is where it goes wrong" if verdict != -1 else "none is wrong"
     return f"{'I check this step, and what it says follows. ' * 8}Paragraph by paragraph, {said}: \\boxed{{{verdict}}}"
