@@ -110,11 +110,18 @@ class Answered:
 class Asker:
     """Sends the requests of all verdicts. Belongs to one event loop."""
 
-    def __init__(self, config: GenRMConfig, servers: Membership, dispatcher: Dispatcher, counters: Counters) -> None:
-        self._config, self._servers, self._dispatcher, self._counters = config, servers, dispatcher, counters
+    def __init__(
+        self,
+        config: GenRMConfig,
+        servers: Membership,
+        dispatcher: Dispatcher,
+        counters: Counters,
+        latencies: Latencies,
+    ) -> None:
+        self._config, self._servers, self._dispatcher = config, servers, dispatcher
+        self._counters, self._latencies = counters, latencies
         self._critique_tokens = float(EXPECTED_CRITIQUE_TOKENS)
         self._budget = HedgeBudget(config.hedge_share)
-        self.latencies = Latencies()
 
     async def ask(self, case: Case, critique: Critique, max_tokens: int) -> Answered | Failure:
         """An answer of at most `max_tokens` and of what the server's context leaves; or, at the end of the attempts, or
@@ -167,7 +174,7 @@ class Asker:
                 cut.now(FailureKind.CANCELLED, "another server was quicker")
 
         self._budget.earn()
-        slow_s = self.latencies.quantile(HEDGE_QUANTILE) if self._config.hedge_share else None
+        slow_s = self._latencies.quantile(HEDGE_QUANTILE) if self._config.hedge_share else None
         timer = None if slow_s is None else asyncio.get_running_loop().call_later(slow_s, begin)
         try:
             outcome = await self._request(place, case, critique, max_tokens, cut)
@@ -253,7 +260,7 @@ class Asker:
             )
         if isinstance(outcome, Failure):
             return outcome
-        self.latencies.add(took_s)
+        self._latencies.add(took_s)
         self._counters.observe("request", took_s)
         self._counters.add("completion_tokens", tokens)
         self._counters.add("prompt_tokens", outcome.prompt_tokens)

@@ -24,11 +24,7 @@ from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.genrm.asking import Asker, Case, Critique
 from megatron_fapo.genrm.ballot import Ballot
-from megatron_fapo.genrm.counters import Counters
-from megatron_fapo.genrm.deadlines import Deadlines
-from megatron_fapo.genrm.dispatch import Dispatcher
-from megatron_fapo.genrm.membership import Membership
-from megatron_fapo.genrm.pool import Server, ServerPool
+from megatron_fapo.genrm.front import PoolFront
 from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages, windows_of
 from megatron_fapo.genrm.transport import Failure, FailureKind
 from megatron_fapo.genrm.verdict import Reason, Unscored, parse_verdict
@@ -71,40 +67,16 @@ class _Shared:
     waiting: int = 0
 
 
-class GenRMClient:
+class GenRMClient(PoolFront):
     """Verdicts from any set of OpenAI-compatible base URLs (`http://host:port/v1`). Belongs to one event loop."""
 
     def __init__(self, urls: Sequence[str], config: GenRMConfig) -> None:
-        self._config = config
-        urls = [url.rstrip("/") for url in urls]
-        self._pool = ServerPool(urls, config.max_concurrent_per_server)
-        self._dispatcher = Dispatcher(self._pool)
-        self.counters = Counters()
-        self._deadlines = Deadlines(config.deadline_s)
-        self._members = Membership(
-            urls,
-            config,
-            self._pool,
-            tick=self._tick,
-            lost=self._dispatcher.give_up,
-            silence_s=lambda: self._asker.latencies.silence_s(),
-        )
-        self._asker = Asker(config, self._members, self._dispatcher, self.counters)
+        super().__init__(urls, config)
+        self._asker = Asker(config, self._members, self._dispatcher, self.counters, self._latencies)
         self._places = asyncio.Semaphore(MOST_JUDGEMENTS)
         self._shared: dict[str, _Shared] = {}
         self._answered: dict[str, int] = {}
         """Tokens that each server had answered when the step began."""
-
-    async def check(self) -> None:
-        """Opens the pool: every server must answer and list `genrm.served_model`. Waits for a judge service.
-
-        Raises GenRMUnavailable with everything that is wrong, or RendezvousError, and closes what it opened.
-        """
-        try:
-            await self._members.check()
-        except BaseException:
-            await self.close()
-            raise
 
     async def judge(
         self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = ""
@@ -140,34 +112,20 @@ class GenRMClient:
                 shared.task.cancel()
                 await asyncio.wait([shared.task])
 
-    def set_servers(self, urls: Sequence[str]) -> None:
-        """The servers beside those of a judge service, where some have moved, come or gone."""
-        self._members.set_fixed([url.rstrip("/") for url in urls])
-
     def begin_step(self) -> None:
         """Forgets finished judgements and starts the metrics anew."""
         self._shared = {key: shared for key, shared in self._shared.items() if not shared.task.done()}
         self._answered = {server.url: server.answered_tokens for server in self._pool.present()}
-        self.counters.clear()
+        super().begin_step()
 
     def metrics(self) -> dict[str, float]:
-        """`genrm/...` since the step began; docs/genrm.md lists them."""
-        counts = self.counters.counts
-        values = dict.fromkeys(("genrm/called", "genrm/answered", "genrm/unscored", "genrm/retries"), 0.0)
-        values |= self.counters.metrics("genrm")
+        counts, values = self.counters.counts, super().metrics()
         values["genrm/completion_tokens_mean"] = counts["completion_tokens"] / max(1, counts["answered"])
         servers = self._pool.present()
         answered = [s.answered_tokens - self._answered.get(s.url, 0) for s in servers if s.down_since is None]
         if any(answered):
             values["genrm/load_imbalance"] = max(answered) * len(answered) / sum(answered)
-        values["genrm/servers_alive"] = float(sum(server.down_since is None for server in servers))
-        values["genrm/servers_down"] = float(sum(server.down_since is not None for server in servers))
-        values["genrm/queued"] = float(self._dispatcher.waiting)
         return values
-
-    def servers(self) -> list[Server]:
-        """The pool's servers as they are now, for whoever looks on; not to be changed."""
-        return self._pool.present()
 
     async def close(self) -> None:
         """Cancels what is under way and closes every connection."""
@@ -176,11 +134,7 @@ class GenRMClient:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._shared = {}
-        await self._members.close()
-
-    def _tick(self, down_s: float | None) -> None:
-        self._deadlines.pause(down_s is not None)
-        self._dispatcher.dispatch()
+        await super().close()
 
     async def _judge(self, asked: _Question, name: str) -> Verdict | Unscored:
         async with self._places:

@@ -25,12 +25,10 @@ from aiohttp import web
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import JudgeRequest
 from megatron_fapo.genrm.asking import COSTS_NO_ATTEMPT, EFFECTS, EXPECTED_CRITIQUE_TOKENS, TEXT_KEPT, back_off
-from megatron_fapo.genrm.counters import Counters
-from megatron_fapo.genrm.deadlines import Deadline, Deadlines
-from megatron_fapo.genrm.dispatch import Dispatcher
-from megatron_fapo.genrm.hedging import Latencies
-from megatron_fapo.genrm.membership import Membership, PoolEmptyError
-from megatron_fapo.genrm.pool import Effect, Server, ServerPool
+from megatron_fapo.genrm.deadlines import Deadline
+from megatron_fapo.genrm.front import PoolFront
+from megatron_fapo.genrm.membership import PoolEmptyError
+from megatron_fapo.genrm.pool import Effect
 from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN
 from megatron_fapo.genrm.sglang_api import NotSupportedError, from_completion, to_completion
 from megatron_fapo.genrm.transport import Cut, Failure, FailureKind, send
@@ -85,39 +83,20 @@ class Visit:
             self.failed = None
 
 
-class Gateway:
-    """Belongs to one event loop."""
+class Gateway(PoolFront):
+    """Belongs to one event loop. Its metrics are of what functions asked."""
 
     def __init__(self, urls: Sequence[str], config: GenRMConfig) -> None:
-        self._config = config
-        urls = [url.rstrip("/") for url in urls]
-        self._pool = ServerPool(urls, config.max_concurrent_per_server)
-        self._dispatcher = Dispatcher(self._pool)
-        self.counters = self._counters = Counters()
-        self._latencies = Latencies()
-        self._deadlines = Deadlines(config.deadline_s)
-        self._members = Membership(
-            urls,
-            config,
-            self._pool,
-            tick=self._tick,
-            lost=self._dispatcher.give_up,
-            silence_s=self._latencies.silence_s,
-        )
+        super().__init__(urls, config)
         self._web: web.Server | None = None
         self._visits: dict[int, Visit] = {}
         self._under_way = 0
         self._places = asyncio.Semaphore(0)
 
     async def check(self) -> None:
-        """As GenRMClient.check."""
         # A function that is cut off leaves its connection, and its request is taken back from the server.
         self._web = web.Server(self._answer, handler_cancellation=True, access_log=None)
-        try:
-            await self._members.check()
-        except BaseException:
-            await self.close()
-            raise
+        await super().check()
         self._places = asyncio.Semaphore(_visits(len(self._pool.servers) * self._config.max_concurrent_per_server))
 
     @asynccontextmanager
@@ -142,36 +121,11 @@ class Gateway:
         if visit.lost is not None:
             raise visit.lost
 
-    def set_servers(self, urls: Sequence[str]) -> None:
-        """As GenRMClient.set_servers."""
-        self._members.set_fixed([url.rstrip("/") for url in urls])
-
-    def begin_step(self) -> None:
-        self._counters.clear()
-
-    def metrics(self) -> dict[str, float]:
-        """`genrm/...` since the step began, of what functions asked."""
-        values = dict.fromkeys(("genrm/called", "genrm/answered", "genrm/unscored", "genrm/retries"), 0.0)
-        values |= self._counters.metrics("genrm")
-        alive = [server.down_since is None for server in self._pool.present()]
-        return values | {
-            "genrm/servers_alive": float(sum(alive)),
-            "genrm/servers_down": float(len(alive) - sum(alive)),
-            "genrm/queued": float(self._dispatcher.waiting),
-        }
-
-    def servers(self) -> list[Server]:
-        return self._pool.present()
-
     async def close(self) -> None:
         """Cuts off what is under way and closes every connection."""
         if self._web is not None:
             await self._web.shutdown(0.1)
-        await self._members.close()
-
-    def _tick(self, down_s: float | None) -> None:
-        self._deadlines.pause(down_s is not None)
-        self._dispatcher.dispatch()
+        await super().close()
 
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         assert request.transport is not None
@@ -196,7 +150,7 @@ class Gateway:
 
     async def _relay(self, visit: Visit, request: web.BaseRequest) -> tuple[int, Any]:
         """Status and JSON of the answer; books what became of it."""
-        self._counters.add("called")
+        self.counters.add("called")
         began = time.monotonic()
         outcome: Any | Failure = Failure(FailureKind.CANCELLED, "the function did not wait for the answer")
         reason, status = Reason.GENRM_UNREACHABLE, 502
@@ -214,12 +168,12 @@ class Gateway:
             if isinstance(outcome, Failure):
                 reason = _REASONS.get(outcome.kind, reason)
                 visit.fail(Unscored(reason, outcome.detail))
-                self._counters.add("unscored")
+                self.counters.add("unscored")
         if isinstance(outcome, Failure):
             return 400 if outcome.kind in _AT_FAULT else status, _error(outcome.detail)
         visit.answer(began)
-        self._counters.add("answered")
-        self._counters.observe("latency", time.monotonic() - began)
+        self.counters.add("answered")
+        self.counters.observe("latency", time.monotonic() - began)
         return 200, outcome
 
     async def _asked(self, visit: Visit, request: web.BaseRequest, deadline: Deadline, wait: Wait) -> Any | Failure:
@@ -263,7 +217,7 @@ class Gateway:
                 return reply
             if attempts >= self._config.max_attempts:
                 return Failure(reply.kind, f"no answer in {failures} requests; {reply.kind}: {reply.detail}")
-            self._counters.add("retries")
+            self.counters.add("retries")
             await back_off(failures)
 
     async def _send_shorter(
@@ -286,7 +240,7 @@ class Gateway:
         self, visit: Visit, server: str, method: str, path: str, body: dict[str, Any] | None
     ) -> _Reply | Failure:
         """One request to one server; booked whatever becomes of it."""
-        self._counters.add("requests")
+        self.counters.add("requests")
         began, cut = time.monotonic(), Cut(self._config.request_timeout_s)
         reply: _Reply | Failure = Failure(FailureKind.CANCELLED, "nobody waits for it any more")
         try:
@@ -299,12 +253,12 @@ class Gateway:
             took_s, what, tokens = time.monotonic() - began, "answered", 0
             if isinstance(reply, Failure):
                 what, said = reply.kind, reply.detail[:TEXT_KEPT]
-                self._counters.add(f"failed/{what}")
+                self.counters.add(f"failed/{what}")
             else:
                 said, tokens = reply.said, reply.tokens
                 self._latencies.add(took_s)
-                self._counters.add("completion_tokens", tokens)
-                self._counters.add("truncated", reply.cut)
+                self.counters.add("completion_tokens", tokens)
+                self.counters.add("truncated", reply.cut)
             visit.history.append(JudgeRequest(server, what, began - visit.began, took_s, tokens, text=said))
         return reply
 
