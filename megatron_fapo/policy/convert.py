@@ -110,16 +110,16 @@ def _layout_problems(shape: ModelShape, parallel: ParallelConfig) -> list[str]:
 def _hf_problems(source: HFCheckpoint, shape: ModelShape, whole: RankContents) -> list[str]:
     """How the tensors of an HF checkpoint differ from those of the model that its config.json describes."""
     wanted = {
-        name: tensor.shape
+        name: expected
         for parameter in whole.parameters
-        for name, tensor in zip(parameter.rule.hf_names, parameter.rule.merge([parameter.entry.data]), strict=True)
+        for name, expected in zip(parameter.rule.hf_names, parameter.rule.hf_shapes, strict=True)
     }
     present = set(source.names())
     problems = [f"tensor {name} is missing" for name in wanted.keys() - present]
     problems += [
-        f"tensor {name} has shape {tuple(source[name].shape)} where config.json asks for {tuple(wanted[name])}"
+        f"tensor {name} has shape {tuple(source[name].shape)} where config.json asks for {wanted[name]}"
         for name in wanted.keys() & present
-        if source[name].shape != wanted[name]
+        if tuple(source[name].shape) != wanted[name]
     ]
     # A tied output layer and tables of rotary frequencies are copies of what is known anyway.
     known = {"lm_head.weight"} if shape.tied else set()

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fapo.config.policy import ParallelConfig, PolicyConfig
 from megatron_fapo.policy.hf_config import ModelShape
-from megatron_fapo.policy.hf_weights import Rule
+from megatron_fapo.policy.hf_rules import Rule
 
 WHOLE = ParallelConfig(data=2)
 """Each rank holds the whole model. There are two because alone in its world mcore cannot load one layer of several."""

@@ -2,12 +2,7 @@
 
 In: HF safetensors and a `ModelShape`; or the model chunks of a rank. Out: filled parameters; or HF-named full tensors.
 
-Each mcore parameter follows one `Rule`: which HF tensors it is made of and how they are laid out over tensor ranks.
-Rules are pure (`split` and `merge` work on plain tensors), so the round trip is tested without processes.
-
-Layouts that need care: linear_qkv holds, per KV group, its query heads, then its key, then its value; every tensor
-shard of linear_fc1 is [gate; up] of that shard; the embedding is padded with rows that stand for no token; expert
-parallel ranks hold runs of experts, each of which is split over the expert-tensor ranks, not the tensor ranks.
+Each mcore parameter follows one `Rule` of hf_rules.py.
 """
 
 from __future__ import annotations
@@ -15,9 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,143 +18,27 @@ import torch
 
 from megatron_fapo.errors import UserError
 from megatron_fapo.policy.hf_config import ModelShape
+from megatron_fapo.policy.hf_rules import Rule, rule_of
 
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?linear_fc([12])\.weight(\d*)")
-"""A parameter of one expert: megatron's own modules name it local_experts.N..., Transformer Engine's ...weightN."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How one mcore parameter is made of HF tensors."""
-
-    hf_names: tuple[str, ...]
-    split: Callable[[list[torch.Tensor], int, int], torch.Tensor]
-    """(HF tensors in order of hf_names, tensor-parallel size, tensor rank) -> this rank's parameter."""
-    merge: Callable[[list[torch.Tensor]], list[torch.Tensor]]
-    """(the parameter of every tensor rank, in order) -> HF tensors in order of hf_names."""
-    sharded: bool
-    """False: every tensor rank holds the same."""
-    by_expert_rank: tuple[tuple[str, ...], ...] = ()
-    """Of an expert's parameter: the hf_names that the same parameter has on each expert-parallel rank."""
-    exported: bool = True
-    """False: another stage holds the same and exports it."""
+_LAYERS = "decoder.layers."
 
 
-def _replicated(name: str) -> Rule:
-    return Rule((name,), lambda hf, tp, rank: hf[0], lambda shards: [shards[0]], sharded=False)
-
-
-def _rows(name: str) -> Rule:
-    """Split along dim 1: row-parallel linears (output and down projections)."""
-    return Rule((name,), lambda hf, tp, r: hf[0].chunk(tp, dim=1)[r], lambda s: [torch.cat(s, dim=1)], sharded=True)
-
-
-def _vocabulary(name: str, shape: ModelShape) -> Rule:
-    def split(hf: list[torch.Tensor], tp: int, rank: int) -> torch.Tensor:
-        padding = shape.padded_vocab(tp) - shape.vocab
-        return torch.nn.functional.pad(hf[0], (0, 0, 0, padding)).chunk(tp, dim=0)[rank]
-
-    return Rule((name,), split, lambda s: [torch.cat(s, dim=0)[: shape.vocab]], sharded=True)
-
-
-def _gate_up(prefix: str) -> Rule:
-    def split(hf: list[torch.Tensor], tp: int, rank: int) -> torch.Tensor:
-        return torch.cat([t.chunk(tp, dim=0)[rank] for t in hf], dim=0)
-
-    def merge(shards: list[torch.Tensor]) -> list[torch.Tensor]:
-        halves = [shard.chunk(2, dim=0) for shard in shards]
-        return [torch.cat([half[i] for half in halves], dim=0) for i in (0, 1)]
-
-    return Rule((f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"), split, merge, sharded=True)
-
-
-def _qkv(prefix: str, kind: str, shape: ModelShape) -> Rule:
-    groups, per_group, dim = shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim
-    sizes = (per_group * dim, dim, dim)
-
-    def split(hf: list[torch.Tensor], tp: int, rank: int) -> torch.Tensor:
-        rest = hf[0].shape[1:]
-        by_group = [t.reshape(groups, size, *rest) for t, size in zip(hf, sizes, strict=True)]
-        local = torch.cat(by_group, dim=1).chunk(tp, dim=0)[rank]
-        return local.reshape(-1, *rest)
-
-    def merge(shards: list[torch.Tensor]) -> list[torch.Tensor]:
-        rest = shards[0].shape[1:]
-        by_group = torch.cat(shards, dim=0).reshape(groups, sum(sizes), *rest)
-        return [part.reshape(-1, *rest) for part in by_group.split(sizes, dim=1)]
-
-    return Rule(tuple(f"{prefix}.{p}_proj.{kind}" for p in "qkv"), split, merge, sharded=True)
-
-
-def _expert(name: str, prefix: str, experts: int, rank: int, ranks: int) -> Rule:
-    matched = _EXPERT.fullmatch(name)
-    if matched is None:
-        raise KeyError(f"no rule for megatron parameter {name!r} of {prefix}")
-    each, local = experts // ranks, int(matched[1] or matched[3])
-    names = [f"{prefix}.experts.{other * each + local}" for other in range(ranks)]
-    rules = [_gate_up(name) if matched[2] == "1" else _rows(f"{name}.down_proj.weight") for name in names]
-    return replace(rules[rank], by_expert_rank=tuple(rule.hf_names for rule in rules))
-
-
-def layer_rule(name: str, layer: int, shape: ModelShape, expert_rank: int = 0, expert_ranks: int = 1) -> Rule:
-    """The rule of a parameter of a transformer layer, made of megatron's own or Transformer Engine's modules.
-
-    Args:
-        name: within the layer.
-        layer: from 0, over the whole model.
-
-    Raises:
-        KeyError: no such parameter is known.
-    """
-    hf = f"model.layers.{layer}"
-    match name:
-        case "input_layernorm.weight" | "self_attention.linear_qkv.layer_norm_weight":
-            return _replicated(f"{hf}.input_layernorm.weight")
-        case "pre_mlp_layernorm.weight" | "mlp.linear_fc1.layer_norm_weight":
-            return _replicated(f"{hf}.post_attention_layernorm.weight")
-        case "self_attention.q_layernorm.weight":
-            return _replicated(f"{hf}.self_attn.q_norm.weight")
-        case "self_attention.k_layernorm.weight":
-            return _replicated(f"{hf}.self_attn.k_norm.weight")
-        case "self_attention.linear_qkv.weight" | "self_attention.linear_qkv.bias":
-            return _qkv(f"{hf}.self_attn", name.rsplit(".", 1)[1], shape)
-        case "self_attention.linear_proj.weight":
-            return _rows(f"{hf}.self_attn.o_proj.weight")
-        case "mlp.linear_fc1.weight":
-            return _gate_up(f"{hf}.mlp")
-        case "mlp.linear_fc2.weight":
-            return _rows(f"{hf}.mlp.down_proj.weight")
-        case "mlp.router.weight":
-            return _replicated(f"{hf}.mlp.gate.weight")
-    return _expert(name, f"{hf}.mlp", shape.experts.count if shape.experts else 0, expert_rank, expert_ranks)
+def named_parameters(chunk: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """The parameters of a model chunk by megatron's names, with the number of a layer over the whole model: asked of
+    mcore, and so unique over the chunks of a rank."""
+    for name, parameter in chunk.named_parameters():
+        if name.startswith(_LAYERS):
+            local, within = name.removeprefix(_LAYERS).split(".", 1)
+            name = f"{_LAYERS}{chunk.decoder.layers[int(local)].layer_number - 1}.{within}"
+        yield name, parameter
 
 
 def model_rules(model: Any, shape: ModelShape) -> list[tuple[torch.nn.Parameter, Rule]]:
-    """Every parameter of a model chunk of this rank with its rule, in a fixed order; layer numbers are asked of mcore.
-
-    The output layer of a tied model on the last of several stages is a copy of the embedding: it is filled here, and
-    exported by the stage that owns the embedding.
-    """
+    """Every parameter of a model chunk of this rank with its rule, in a fixed order."""
     from megatron.core import parallel_state as state
 
     expert = state.get_expert_model_parallel_rank(), state.get_expert_model_parallel_world_size()
-    rules: list[tuple[torch.nn.Parameter, Rule]] = []
-    if model.pre_process:
-        rules.append((model.embedding.word_embeddings.weight, _vocabulary("model.embed_tokens.weight", shape)))
-    for layer in model.decoder.layers:
-        for name, parameter in layer.named_parameters():
-            rules.append((parameter, layer_rule(name, layer.layer_number - 1, shape, *expert)))
-    if model.post_process:
-        rules.append((model.decoder.final_layernorm.weight, _replicated("model.norm.weight")))
-        if not shape.tied:
-            rules.append((model.output_layer.weight, _vocabulary("lm_head.weight", shape)))
-        elif not model.pre_process:
-            copy = replace(_vocabulary("model.embed_tokens.weight", shape), exported=False)
-            rules.append((model.output_layer.weight, copy))
-    covered = {id(parameter) for parameter, _ in rules}
-    if missing := [name for name, p in model.named_parameters() if id(p) not in covered]:
-        raise KeyError(f"megatron parameters without a rule: {', '.join(missing)}")
-    return rules
+    return [(parameter, rule_of(name, shape, *expert)) for name, parameter in named_parameters(model)]
 
 
 def place_in_tensor_group(rule: Rule) -> tuple[int, int]:
@@ -209,13 +86,11 @@ def load_hf(chunks: Sequence[Any], shape: ModelShape, path: str | Path) -> None:
     for parameter, rule in itertools.chain.from_iterable(model_rules(chunk, shape) for chunk in chunks):
         ranks, rank = place_in_tensor_group(rule)
         whole = {name: checkpoint[name] for name in rule.hf_names}
-        # Merging is asked for the shapes, without data, because splitting would fail midway on some wrong ones.
-        wanted = rule.merge([torch.empty_like(parameter, device="meta")] * (ranks if rule.sharded else 1))
-        for (name, tensor), expected in zip(whole.items(), wanted, strict=True):
-            if tensor.shape != expected.shape:
+        for (name, tensor), expected in zip(whole.items(), rule.hf_shapes, strict=True):
+            if tuple(tensor.shape) != expected:
                 raise UserError(
                     f"{path}: {name} has shape {tuple(tensor.shape)} where the model of config.json has "
-                    f"{tuple(expected.shape)}; do they belong together?"
+                    f"{expected}; do they belong together?"
                 )
         parameter.data.copy_(rule.split(list(whole.values()), ranks, rank))
 

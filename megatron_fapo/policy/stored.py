@@ -79,16 +79,16 @@ class StoredWeights:
     def hf_tensors(self) -> list[HFTensor]:
         """What `read` yields, in the same order."""
         return [
-            HFTensor(name, tuple(tensor.shape), tensor.dtype)
+            HFTensor(name, shape, self._empty(parameter, "meta").dtype)
             for parameter in self._parameters
-            for name, tensor in _merged(parameter, self._empty(parameter, "meta"))
+            for name, shape in zip(parameter.rule.hf_names, parameter.rule.hf_shapes, strict=True)
         ]
 
     def read(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All HF tensors with their names, read batch by batch."""
         for batch in self._batches():
             for parameter, data in zip(batch, self.load(batch), strict=True):
-                yield from _merged(parameter, data)
+                yield from zip(parameter.rule.hf_names, parameter.rule.merge([data]), strict=True)
 
     def load(self, parameters: Sequence[Parameter]) -> list[torch.Tensor]:
         """The data of these parameters, in the type in which they were saved."""
@@ -133,7 +133,3 @@ class StoredWeights:
             padded = piece.allow_shape_mismatch and found[0] >= wanted[0] and found[1:] == wanted[1:]
             if found != wanted and not padded:
                 yield f"{piece.key} has shape {found} instead of {wanted}"
-
-
-def _merged(parameter: Parameter, data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    return zip(parameter.rule.hf_names, parameter.rule.merge([data]), strict=True)

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from megatron_fapo.config.policy import ParallelConfig, PolicyConfig
 from megatron_fapo.errors import UserError
 from megatron_fapo.policy.hf_config import read_model_shape
+from megatron_fapo.policy.hf_rules import layer_rule
 from megatron_fapo.policy.hf_weights import (
     HFCheckpoint,
     export_hf,
     exports,
-    layer_rule,
     load_hf,
     model_rules,
     owns_export,
