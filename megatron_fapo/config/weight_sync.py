@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from megatron_fapo.config.section import Section
@@ -9,8 +11,14 @@ from megatron_fapo.config.section import Section
 
 class WeightSyncConfig(Section):
     bucket_mb: int = Field(512, gt=0)
-    """Weights travel in buckets of this size, MiB."""
+    """MiB that a process holds of weights on their way: of messages, and on CPUs of mirrored tensors. Mapped memory of
+    cards needs none."""
+    node_link: Literal["auto", "map", "message"] = "auto"
+    """How weights go from card to card of one node: by `map` a worker copies out of the policy's memory (CUDA IPC), by
+    `message` NCCL carries them. `auto`: messages between cards, mapping on CPUs. On one card memory is always mapped,
+    between nodes there are always messages."""
+    verify_share: float = Field(0.02, gt=0, le=1)
+    """Of the copies of every refit, this share is proven by checksums of giver and taker, others each time."""
     verify_every: int = Field(0, ge=0)
-    """Every so many refits each engine reports checksums of what it received, compared with what was sent.
-    The first refit of a run is always compared. 0: only the first."""
+    """Every so many refits all copies are. In the first refit of a run they always are. 0: in no other."""
     timeout_s: float = Field(600.0, gt=0)

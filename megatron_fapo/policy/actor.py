@@ -15,7 +15,7 @@ import struct
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_fapo.checksums import FileSum
 from megatron_fapo.config.algorithm import AlgorithmConfig
@@ -26,6 +26,9 @@ from megatron_fapo.policy.checkpoint import Part, Saver, load, verify
 from megatron_fapo.policy.hf_weights import exports, owns_export
 from megatron_fapo.policy.parallel import Rank
 from megatron_fapo.policy.worker import PolicyWorker, StepResult
+
+if TYPE_CHECKING:
+    from megatron_fapo.weight_sync.source import WeightSource
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
@@ -40,7 +43,8 @@ class PolicyActor:
         setup_logging(Path(run_dir), "policy", rank)
         self.rank = rank
         self.worker: PolicyWorker | None = None
-        self.sender: Any = None
+        self._weights: WeightSource | None = None
+        self._meeting: Any = None
 
     def address(self) -> tuple[str, int]:
         """Where rank 0 listens: this node's address and a port."""
@@ -75,10 +79,7 @@ class PolicyActor:
 
     def enter(self, phase: str) -> dict[str, float]:
         """Have on the device what the phase needs; see policy/memory.py. Returns the ledger's metrics."""
-        worker = self._up
-        if self.sender is not None and worker.memory.offload and phase != "refit":
-            self.sender.release_device()
-        return worker.memory.enter(phase)
+        return self._up.memory.enter(phase)
 
     def logprobs(self, packs: Sequence[Sequence[TrainSample]], reference: bool) -> list[list[list[float]]] | None:
         """Collective; see PolicyWorker.logprobs."""
@@ -128,35 +129,46 @@ class PolicyActor:
             tensors, path, state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size()
         )
 
-    def open_refit(self, bucket_mb: int, transports: Sequence[str], verify: bool) -> None:
-        """Begin to send weights: afterwards `next_bucket` until None. `transports`: to each engine."""
-        import ray
+    def source_index(self) -> str:
+        """What this rank holds of the HF checkpoint: an `Index` as JSON."""
+        from megatron_fapo.policy.source_index import source_index
 
-        from megatron_fapo.weight_sync.sender import WeightSender
+        return source_index(self._up.chunks, self._up.shape).to_json()
 
-        if self.sender is None:
-            local = "cuda_ipc" if "cuda_ipc" in transports else "shm"
-            self.sender = WeightSender(bucket_mb, local, ray.put if "network" in transports else None)
+    def take_share(self, share: str) -> int:
+        """Take this rank's share of the plan of refits, as JSON; see WeightSource.take. It gets a new place in it."""
+        import torch
+
+        from megatron_fapo.policy.source_index import source_tensors
+        from megatron_fapo.weight_sync.share import Share
+        from megatron_fapo.weight_sync.source import WeightSource
+
         worker = self._up
-        self.sender.open(worker.export(), owner=owns_export(worker.state), verify=verify)
+        self._weights = WeightSource(lambda: source_tensors(worker.chunks), torch.device(worker.device))
+        return self._weights.take(Share.from_json(share))
 
-    def next_bucket(self) -> Any:
-        """The next bucket, or None. Collective over this stage's tensor ranks."""
-        return self.sender.next()
+    def open_group(self, address: str) -> tuple[str, int]:
+        """Where those that exchange weights meet, kept by this rank: an address and a port."""
+        from torch.distributed import TCPStore
+
+        self._meeting = TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return address, self._meeting.port
+
+    def weights(self, what: str, *args: Any) -> Any:
+        """A step of a refit: a method of WeightSource."""
+        assert self._weights is not None, "take_share() comes first"
+        return getattr(self._weights, what)(*args)
 
     def close(self) -> None:
         """Give shared memory back and leave the process group."""
-        if self.sender is not None:
-            self.sender.close()
+        if self._weights is not None:
+            self._weights.close()
         if self.worker is not None:
             self.worker.close()
 
     @property
     def _up(self) -> PolicyWorker:
         assert self.worker is not None, "join() comes first"
-        if self.sender is not None:
-            # Of a refit that failed on the engines' side: ranks that do not send still wait in its gathers.
-            self.sender.abandon()
         return self.worker
 
 

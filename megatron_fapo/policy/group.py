@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from megatron_fapo.policy.packing import CostModel, Schedule, schedule_for
 from megatron_fapo.policy.parallel import Rank
 from megatron_fapo.policy.worker import SUPERVISED
 from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
-from megatron_fapo.weight_sync.protocol import Place
+from megatron_fapo.weight_sync.protocol import RefitError
 
 _PROCESS_GRACE_S, _NODE_GRACE_S = 5.0, 40.0
 """How long Ray takes to tell of a dead process, and of a dead node (missed health checks)."""
@@ -85,14 +85,9 @@ class PolicyGroup:
         self._ranks = [replace(rank, pid=facts["pid"]) for rank, facts in zip(self._ranks, self._facts, strict=True)]
 
     @property
-    def senders(self) -> list[int]:
-        """The ranks that take part in a refit or an export (hf_weights.exports)."""
-        return [i for i, facts in enumerate(self._facts) if facts["exports"]]
-
-    @property
-    def places(self) -> list[Place]:
-        """Where the senders are."""
-        return [Place(self._ranks[i].node.id, (str(self._facts[i]["gpu"]),)) for i in self.senders]
+    def places(self) -> list[tuple[str, str]]:
+        """Of every rank: Ray's id of its node, and the UUID of its GPU, empty on CPUs."""
+        return [(rank.node.id, str(facts["gpu"])) for rank, facts in zip(self._ranks, self._facts, strict=True)]
 
     def cards(self, gpus: int) -> list[list[str]]:
         """Ray's ids of the GPUs of each `gpus` consecutive ranks; none on CPUs."""
@@ -199,7 +194,7 @@ class PolicyGroup:
     async def export(self, directory: Path) -> None:
         """Write an HF checkpoint that vLLM and transformers load."""
         self._copy_model_files(directory)
-        replica = self.senders
+        replica = [i for i, facts in enumerate(self._facts) if facts["exports"]]
         calls = [self._actors[i].export.remote(str(directory)) for i in replica]
         names = await self._gather("export", calls, replica)
         write_index(directory, [n for n in names if n])
@@ -208,22 +203,38 @@ class PolicyGroup:
         cfg = self._config.policy
         copy_model_files(Path(cfg.model_path), directory, cfg.max_position_embeddings)
 
-    async def open_refit(self, transports: Sequence[Sequence[str]], verify: bool) -> list[Callable[[], Awaitable[Any]]]:
-        """Make the senders send their weights; one source of buckets for each.
+    async def source_indexes(self) -> list[str]:
+        """What every rank holds of the HF checkpoint (PolicyActor.source_index)."""
+        return await self._gather("source_index", [actor.source_index.remote() for actor in self._actors])
 
-        Args:
-            transports: of each sender, how its buckets reach each engine (protocol.choose_transports).
+    async def take_shares(self, shares: Sequence[str]) -> list[int]:
+        """Give every rank its share of the plan of refits; returns the number of rounds of each."""
+        calls = [actor.take_share.remote(share) for actor, share in zip(self._actors, shares, strict=True)]
+        return await self._gather("take_share", calls)
+
+    async def open_group(self, rank: int) -> tuple[str, int]:
+        """Where those that exchange weights meet, kept by this rank."""
+        call = self._actors[rank].open_group.remote(self._ranks[rank].node.address)
+        where: tuple[str, int] = (await self._gather("open_group", [call], [rank]))[0]
+        return where
+
+    async def weights(self, what: str, ranks: Sequence[int], *args: Any) -> list[Any]:
+        """A step of a refit on some ranks: a method of WeightSource, with the same arguments for all.
+
+        Raises:
+            RefitError: what the method raises.
         """
-        bucket_mb, senders = self._config.weight_sync.bucket_mb, self.senders
-        calls = [
-            self._actors[i].open_refit.remote(bucket_mb, row, verify)
-            for i, row in zip(senders, transports, strict=True)
-        ]
-        await self._gather("open_refit", calls, senders)
-        return [partial(self._next_bucket, i) for i in senders]
+        return await self._gather(what, [self._actors[i].weights.remote(what, *args) for i in ranks], ranks)
 
-    async def _next_bucket(self, index: int) -> Any:
-        return (await self._gather("next_bucket", [self._actors[index].next_bucket.remote()], [index]))[0]
+    async def join(
+        self, ranks: Sequence[int], store: tuple[str, int], members: Sequence[int], timeout_s: float
+    ) -> None:
+        """Enter the group of those that exchange weights."""
+        calls = [
+            self._actors[i].weights.remote("join", store, members, self._ranks[i].node.address, timeout_s)
+            for i in ranks
+        ]
+        await self._gather("join", calls, ranks)
 
     async def _gather(
         self, what: str, calls: Sequence[Any], ranks: Sequence[int] | None = None, *, watched: bool = True
@@ -244,7 +255,7 @@ class PolicyGroup:
         try:
             return list(await asyncio.gather(*tasks))
         except ray.exceptions.RayError as error:
-            if isinstance(getattr(error, "cause", None), UserError):
+            if isinstance(getattr(error, "cause", None), UserError | RefitError):
                 raise error.cause from None
             cause = await self._cause(tasks, error)
             failed = next(i for i, task in enumerate(tasks) if task.done() and task.exception() is cause)

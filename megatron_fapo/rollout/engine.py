@@ -11,12 +11,11 @@ empty prefix cache: the batches are then the same in every run, however the requ
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import fields
 from typing import Any
 
 from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
@@ -26,15 +25,8 @@ from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.sampling import sample_seed
-from megatron_fapo.weight_sync.checkpoint import expected_tensors
-from megatron_fapo.weight_sync.protocol import (
-    Bucket,
-    Coverage,
-    EngineState,
-    EngineVersion,
-    RefitError,
-    StaleEngineError,
-)
+from megatron_fapo.weight_sync.checkpoint import checkpoint_shapes
+from megatron_fapo.weight_sync.protocol import EngineState, EngineVersion, RefitError, StaleEngineError
 
 RECEIVER = "megatron_fapo.weight_sync.receiver.RefitReceiver"
 MEMORY = ("weights", "kv_cache")
@@ -82,11 +74,11 @@ class RolloutEngine:
         self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
         self.max_positions = max_positions
         self._version = EngineVersion(-1, EngineState.STALE)
-        self._checkpoint = self._coverage = Coverage({})
+        self._checkpoint: dict[str, tuple[int, ...]] = {}
         self._admission = asyncio.Lock()
         self._active: set[str] = set()
         self._requests = 0
-        self._buffers: list[Any] = []  # SharedBuffer: its module imports torch, and the driver this one
+        self._store: tuple[str, int] | None = None
         self._paused = False
         self._asleep: set[str] = set()
         self._frees_memory = takes_turns and device == "gpu"
@@ -134,7 +126,7 @@ class RolloutEngine:
         began = time.monotonic()
         if self.log_path is not None:
             self._redirect_output(self.log_path)
-        self._checkpoint = expected_tensors(self.model_path)
+        self._checkpoint = checkpoint_shapes(self.model_path)
         args = self._engine_args()
         self._guard = Guard()
         os.environ.update(vllm_environment(self.device, start_timeout_s=self.config.start_timeout_s))
@@ -329,8 +321,29 @@ class RolloutEngine:
             if not self._asleep and self._version.state is EngineState.FRESH:
                 self._paused = False  # its weights were kept
 
-    async def begin_refit(self) -> dict[str, float]:
-        """Stop serving and make ready for new weights. Returns seconds by phase, as the other steps do.
+    async def target_indexes(self) -> list[str]:
+        """What every worker of this engine wants of the HF checkpoint: an `Index` as JSON each.
+
+        Raises:
+            RefitError: vLLM's loader of this model cannot be traced; names the parameter.
+        """
+        shapes = {name: list(shape) for name, shape in self._checkpoint.items()}
+        return await self._workers("refit_index", shapes)
+
+    async def take_shares(self, shares: Sequence[str]) -> None:
+        """Give every worker its share of the plan of refits, as JSON."""
+        await self._workers("refit_take", list(shares))
+
+    async def join(self, store: tuple[str, int], members: Sequence[int], address: str, timeout_s: float) -> None:
+        """Enter the group of those that exchange weights; collective over all of it."""
+        self._store = store
+        await self._workers("refit_join", list(store), list(members), address, timeout_s)
+
+    async def begin_refit(self, version: int, share: float) -> float:
+        """Stop serving and make ready for new weights. Returns seconds.
+
+        Args:
+            share: of what arrives, whose checksums `finish_refit` returns.
 
         Raises:
             RefitError: samples are in flight, or a refit is under way.
@@ -338,72 +351,61 @@ class RolloutEngine:
         if self._active:
             raise RefitError(f"{len(self._active)} samples are in flight: their tokens would come from two versions")
         self._version.begin()
-        self._coverage = replace(self._checkpoint, received=set())
 
         async def pause_and_begin() -> None:
             await self.pause()
-            await self._ask(self._llm.collective_rpc("refit_begin"))
+            await self._workers("refit_begin", version, share)
 
-        return {"pause_s": await self._refit_step(pause_and_begin)}
+        return await self._refit_step(pause_and_begin)
 
-    async def load_bucket(self, bucket: Bucket, payload: Any = None) -> dict[str, float]:
-        """Load the tensors of one bucket; when this returns, the sender may reuse its memory.
-
-        Args:
-            payload: the bucket's bytes as a numpy array, when the sender is on another node: its memory cannot be
-                mapped from here, so vLLM's processes map a copy in this process.
+    async def pull(self, exposures: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        """Copy what the plan takes from the tensors that policy ranks of this node expose, by number of the rank. When
+        it returns, they may expose others.
 
         Raises:
-            RefitError: no refit is under way, or the bucket is wrong; the engine is then stale.
+            RefitError: no refit is under way, or the memory cannot be mapped; the engine is then stale.
         """
         self._version.require_updating()
+        await self._refit_step(lambda: self._workers("refit_pull", [list(each) for each in exposures]))
 
-        async def load() -> None:
-            with self._staged(bucket, payload) as local:
-                self._coverage.add(local.entries)
-                await self._ask(self._llm.collective_rpc("refit_load", args=(local.to_wire(),)))
-
-        return {"load_s": await self._refit_step(load)}
-
-    @contextlib.contextmanager
-    def _staged(self, bucket: Bucket, payload: Any) -> Iterator[Bucket]:
-        """The bucket in memory of this node, until the context ends. Buffers are kept for the next one."""
-        if payload is None:
-            yield bucket
-            return
-        import numpy as np
-        import torch
-
-        from megatron_fapo.weight_sync.buckets import SharedBuffer, host_id
-
-        buffer = self._buffers.pop() if self._buffers else None
-        if buffer is None or buffer.nbytes < payload.nbytes:
-            if buffer is not None:
-                buffer.close()
-            buffer = SharedBuffer(payload.nbytes, "shm", torch.device("cpu"))
-        np.copyto(buffer.data.numpy()[: payload.nbytes], payload)
-        try:
-            yield replace(bucket, host=host_id(), transport="shm", handle=buffer.handle(), nbytes=payload.nbytes)
-        finally:
-            self._buffers.append(buffer)
-
-    async def finish_refit(self, version: int) -> dict[str, float]:
-        """Complete the refit: the engine serves `version` from here on.
+    async def exchange(self) -> None:
+        """Receive what the plan sends here, and pass on what it takes from here. Collective over the group.
 
         Raises:
-            RefitError: no refit is under way, or tensors are missing; the engine is then stale.
+            RefitError: no refit is under way, or a member of the group failed; the engine is then stale.
         """
         self._version.require_updating()
+        await self._refit_step(lambda: self._workers("refit_exchange"))
+
+    async def finish_refit(self) -> list[tuple[float, list[tuple[int, int, int, int]]]]:
+        """Let vLLM do what its kernels need, once all weights are there. Returns of every worker the seconds of that in
+        the whole refit, and checksums of what arrived (checks.Sums.read).
+
+        Raises:
+            RefitError: no refit is under way, or weights are missing; the engine is then stale.
+        """
+        self._version.require_updating()
+        found: list[Any] = []
 
         async def finish() -> None:
-            self._coverage.require_complete()
-            await self._ask(self._llm.collective_rpc("refit_finish"))
+            found.extend(await self._workers("refit_finish"))
+
+        await self._refit_step(finish)
+        return [(seconds, [tuple(sum_) for sum_ in sums]) for seconds, sums in found]
+
+    async def commit_refit(self, version: int) -> float:
+        """The weights are proven: serve `version` from here on. Returns seconds.
+
+        Raises:
+            RefitError: no refit is under way, or the prefix cache keeps keys and values of the old weights.
+        """
+        self._version.require_updating()
 
         async def reset() -> None:
             if not await self._ask(self._llm.reset_prefix_cache()):
                 raise RefitError("the prefix cache could not be reset: it would serve the old weights' keys and values")
 
-        seconds = {"finish_s": await self._refit_step(finish), "reset_s": await self._refit_step(reset)}
+        seconds = await self._refit_step(reset)
         self._version.complete(version)
         await self.resume()
         return seconds
@@ -412,8 +414,20 @@ class RolloutEngine:
         """Give an unfinished refit up. The engine stays stale until a whole refit succeeds."""
         if self._version.state is EngineState.UPDATING:
             self._version.fail()
+        if self._store is not None:
+            from megatron_fapo.weight_sync.exchange import abort
 
-    async def _refit_step(self, step: Callable[[], Awaitable[None]]) -> float:
+            await asyncio.to_thread(abort, self._store)  # a worker that waits for a member that failed
+            self._store = None
+        if not self._llm.errored:
+            await self._workers("refit_abort")
+
+    async def _workers(self, method: str, *args: Any) -> list[Any]:
+        """Call a method of RefitReceiver in every worker; results in order of their ranks."""
+        found: list[Any] = await self._ask(self._llm.collective_rpc(method, args=args))
+        return found
+
+    async def _refit_step(self, step: Callable[[], Awaitable[Any]]) -> float:
         began = time.monotonic()
         try:
             await step()

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,18 +20,12 @@ from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.processes import HERE, Node, Process, how_lost, is_lost
 from megatron_fapo.rollout.engine import EngineDiedError, VLLMDiedError
 from megatron_fapo.rollout.sampling import assign
-from megatron_fapo.weight_sync.protocol import Bucket, Place, RefitError, StaleEngineError
+from megatron_fapo.weight_sync.protocol import RefitError, StaleEngineError
 
 log = logging.getLogger(__name__)
 
 ABANDON_S = 30.0
 """For an engine to give up a refit; one that hangs must not keep its error from being raised."""
-BucketSource = Callable[[], Awaitable[Bucket | None]]
-
-
-def _first(error: BaseException) -> BaseException:
-    """The cause in a task group's bundle: its siblings were only cancelled."""
-    return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
 
 
 class RolloutPool:
@@ -63,10 +56,11 @@ class RolloutPool:
         return self._facts
 
     @property
-    def places(self) -> list[Place]:
-        """Where the engines are, once they are up."""
+    def places(self) -> list[list[tuple[str, str]]]:
+        """Of every worker of every engine, once they are up: Ray's id of its node, and the UUID of its GPU, empty on
+        CPUs."""
         pairs = zip(self._processes, self._facts, strict=True)
-        return [Place(process.node.id, tuple(facts["gpus"])) for process, facts in pairs]
+        return [[(process.node.id, gpu) for gpu in facts["gpus"]] for process, facts in pairs]
 
     @property
     def cards(self) -> list[str]:
@@ -78,8 +72,7 @@ class RolloutPool:
         return await asyncio.gather(*calls)
 
     async def _call(self, index: int, method: str, *args: Any, timeout_s: float | None = None) -> Any:
-        bucket = next((arg.entries[0].name for arg in args if isinstance(arg, Bucket) and arg.entries), "")
-        with WAITS.on(f"rollout.{method}", self._processes[index], bucket and f"bucket of {bucket} and on"):
+        with WAITS.on(f"rollout.{method}", self._processes[index]):
             return await self._translate(index, getattr(self._engines[index], method).remote(*args), timeout_s)
 
     async def _translate(self, index: int, reference: Awaitable[Any], timeout_s: float | None = None) -> Any:
@@ -95,8 +88,6 @@ class RolloutPool:
             cause = error.cause
             if isinstance(cause, UserError | RefitError | StaleEngineError):
                 raise cause from None
-            if isinstance(cause, ray.exceptions.ObjectLostError):
-                raise RefitError(f"a bucket was lost on its way to {self._processes[index]}: {cause}") from None
             gone = isinstance(cause, VLLMDiedError)
             self._died(index, "its vLLM processes are gone" if gone else f"failed: {cause!r}", error, lost=gone)
         except ray.exceptions.RayError as error:
@@ -166,92 +157,33 @@ class RolloutPool:
                 task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def refit(
-        self,
-        sources: Sequence[BucketSource],
-        version: int,
-        *,
-        timeout_s: float,
-        transports: Sequence[Sequence[str]] | None = None,
-    ) -> dict[str, float]:
-        """Put new weights into every engine: all of them complete and serve `version`, or the call fails.
+    async def target_indexes(self) -> list[list[str]]:
+        """What the workers of every engine want of the HF checkpoint (RolloutEngine.target_indexes)."""
+        return await self._all("target_indexes")
 
-        Args:
-            sources: one per policy rank that takes part: gives its next bucket, then None. Called again while the
-                engines load the bucket before (`WeightSender.next` allows that).
-            transports: of each source, how its buckets reach each engine; None: all are on its node.
+    async def take_shares(self, shares: Sequence[Sequence[str]]) -> None:
+        """Give the workers of every engine their shares of the plan of refits."""
+        await asyncio.gather(*(self._call(i, "take_shares", list(mine)) for i, mine in enumerate(shares)))
 
-        Returns:
-            Metrics `weight_sync/...`: bytes, buckets, and seconds by phase (the slowest engine's).
+    async def join(
+        self, engines: Sequence[int], store: tuple[str, int], members: Sequence[int], timeout_s: float
+    ) -> None:
+        """Have engines enter the group of those that exchange weights."""
+        addresses = [self._processes[i].node.address for i in engines]
+        calls = [self._call(i, "join", store, members, a, timeout_s) for i, a in zip(engines, addresses, strict=True)]
+        await asyncio.gather(*calls)
+
+    async def refit_step(self, method: str, *args: Any, engines: Sequence[int] | None = None) -> list[Any]:
+        """A step of a refit on all engines, or on some: a method of RolloutEngine.
 
         Raises:
-            RefitError: with the reason; engines that did not complete are stale, and a new refit may be tried.
+            RefitError: what it raises.
         """
-        began = time.monotonic()
-        totals: list[dict[str, float]] = [{} for _ in self._engines]
-        sent = {"bytes": 0.0, "buckets": 0.0, "pack_s": 0.0}
-        routes = transports or [["shm"] * len(self._engines)] * len(sources)
-        if any("network" in row for row in routes):
-            sent["network_bytes"] = 0.0
+        everyone = range(len(self._engines)) if engines is None else engines
+        return await asyncio.gather(*(self._call(i, method, *args) for i in everyone))
 
-        async def on_all(calls: Sequence[Awaitable[dict[str, float]]]) -> None:
-            for total, seconds in zip(totals, await asyncio.gather(*calls), strict=True):
-                for name, value in seconds.items():
-                    total[name] = total.get(name, 0.0) + value
-
-        async def over_network(index: int, bucket: Bucket, payload: Any) -> dict[str, float]:
-            since = time.monotonic()
-            seconds: dict[str, float] = await self._call(index, "load_bucket", bucket, payload)
-            return seconds | {"network_s": time.monotonic() - since - seconds["load_s"]}
-
-        async def load(bucket: Bucket, row: Sequence[str]) -> None:
-            local = replace(bucket, payload=None)
-            far = {i for i, transport in enumerate(row) if transport == "network"}
-            await on_all(
-                [
-                    over_network(i, local, bucket.payload) if i in far else self._call(i, "load_bucket", local)
-                    for i in range(len(self._engines))
-                ]
-            )
-            nbytes = sum(entry.nbytes for entry in bucket.entries)
-            sent["bytes"] += nbytes
-            sent["buckets"] += 1
-            sent["pack_s"] += bucket.pack_s
-            if far:
-                sent["network_bytes"] += nbytes * len({self._processes[i].node.id for i in far})
-
-        async def drain(source: BucketSource, row: Sequence[str]) -> None:
-            bucket = await source()
-            while bucket is not None:
-                upcoming = asyncio.ensure_future(source())
-                try:
-                    await load(bucket, row)
-                except BaseException:
-                    upcoming.cancel()
-                    raise
-                bucket = await upcoming
-
-        async def whole() -> None:
-            engines = range(len(self._engines))
-            await on_all([self._call(i, "begin_refit") for i in engines])
-            async with asyncio.TaskGroup() as group:
-                for source, row in zip(sources, routes, strict=True):
-                    group.create_task(drain(source, row))
-            await on_all([self._call(i, "finish_refit", version) for i in engines])
-
-        try:
-            await asyncio.wait_for(whole(), timeout_s)
-        except BaseException as error:
-            await self._abandon_refit()
-            if isinstance(error, TimeoutError):
-                raise RefitError(f"the refit to version {version} took more than {timeout_s} s") from error
-            raise _first(error) from None
-        names = dict.fromkeys(name for total in totals for name in total)
-        slowest = {name: max(total.get(name, 0.0) for total in totals) for name in names}
-        metrics = slowest | sent | {"total_s": time.monotonic() - began}
-        return {f"weight_sync/{name}": value for name, value in metrics.items()}
-
-    async def _abandon_refit(self) -> None:
+    async def abandon_refit(self) -> None:
+        """Have every engine give an unfinished refit up, as far as they answer."""
         calls = [self._call(i, "abort_refit", timeout_s=ABANDON_S) for i in range(len(self._engines))]
         await asyncio.gather(*calls, return_exceptions=True)  # the refit's own error is the one to report
 

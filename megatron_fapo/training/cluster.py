@@ -33,8 +33,8 @@ from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.pool import RolloutPool
 from megatron_fapo.training.placement import missing_nodes, nodes_of, place
+from megatron_fapo.training.refit import Refits
 from megatron_fapo.training.servers import Servers
-from megatron_fapo.weight_sync.protocol import choose_transports, verify_due
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,7 +54,7 @@ class Cluster:
     reward: RewardLoop | None = None
     servers: Servers = field(default_factory=Servers)
     """The GenRM's that are ours."""
-    refits: int = 0
+    refits: Refits | None = None
     awake: tuple[str, ...] = MEMORY
     """What of the engines' memory is not asleep."""
     judges_awake: bool = True
@@ -118,11 +118,9 @@ class Cluster:
         assert self.policy is not None
         assert self.rollout is not None
         await self.enter("refit")
-        cfg = self.config.weight_sync
-        transports = choose_transports(self.policy.places, self.rollout.places)
-        sources = await self.policy.open_refit(transports, verify_due(self.refits, cfg.verify_every))
-        metrics = await self.rollout.refit(sources, version, timeout_s=cfg.timeout_s, transports=transports)
-        self.refits += 1
+        if self.refits is None:
+            self.refits = Refits(self.policy, self.rollout, self.config.weight_sync)
+        metrics = await self.refits.refit(version)
         await self.enter("rollout")
         return metrics
 

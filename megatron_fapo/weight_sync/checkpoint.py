@@ -1,15 +1,13 @@
-"""What an engine's checkpoint holds: the tensors that every refit must deliver."""
+"""What an engine's checkpoint holds."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from megatron_fapo.errors import UserError
-from megatron_fapo.weight_sync.protocol import Coverage
 
 
-def expected_tensors(model_path: str) -> Coverage:
+def checkpoint_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes from the headers of a checkpoint's safetensors files; no weights are read.
 
     Raises:
@@ -28,8 +26,4 @@ def expected_tensors(model_path: str) -> Coverage:
     for path in files:
         with safe_open(str(path), framework="pt") as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    tied = bool(json.loads((directory / "config.json").read_text()).get("tie_word_embeddings", False))
-    ignored = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
-    if tied:
-        ignored.add("lm_head.weight")
-    return Coverage({name: shape for name, shape in shapes.items() if name not in ignored}, frozenset(ignored))
+    return shapes

@@ -11,10 +11,9 @@ fails in between leaves it STALE, from where a new refit may begin.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 
 class RefitError(RuntimeError):
@@ -69,110 +68,32 @@ class EngineVersion:
         self.state = EngineState.STALE
 
 
-@dataclass(frozen=True)
-class TensorEntry:
-    """One HF-named tensor in a bucket."""
-
-    name: str
-    dtype: str
-    """As torch names it, without `torch.`."""
-    shape: tuple[int, ...]
-    offset: int
-    """Bytes from the start of the bucket."""
-    nbytes: int
-    checksum: str | None = None
-    """Of its bytes (buckets.checksum), when this refit is verified."""
+def share_to_verify(refits_done: int, verify_every: int, verify_share: float) -> float:
+    """Share of the copies of the next refit whose checksums are compared: all in the first of a run, and in every
+    `verify_every`-th (0: in no other); else `verify_share`."""
+    whole = refits_done == 0 or (verify_every > 0 and refits_done % verify_every == 0)
+    return 1.0 if whole else verify_share
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Where the bytes of some tensors are, and which. Small and picklable; of builtin types on the sender's node."""
-
-    host: str
-    """Boot and PID namespace of the sender (buckets.host_id): its memory can be mapped nowhere else."""
-    transport: str
-    """`shm` or `cuda_ipc`."""
-    handle: tuple[Any, ...]
-    """shm: (path, inode). cuda_ipc: (GPU UUID, then what PyTorch's CUDA sharing gives)."""
-    nbytes: int
-    entries: tuple[TensorEntry, ...]
-    pack_s: float = 0.0
-    """Seconds that the sender took to fill it, gathers over its tensor-parallel group included."""
-    payload: Any = None
-    """For engines on other nodes: a reference to the same bytes in Ray's object store."""
-
-    def to_wire(self) -> dict[str, Any]:
-        """As builtin types, which vLLM's RPC carries without pickle."""
-        return asdict(self)
-
-    @classmethod
-    def from_wire(cls, wire: dict[str, Any]) -> Bucket:
-        entries = tuple(TensorEntry(**(entry | {"shape": tuple(entry["shape"])})) for entry in wire["entries"])
-        return cls(**(wire | {"handle": tuple(wire["handle"]), "entries": entries}))
+SumsOf = Sequence[tuple[int, int, int, int]]
+"""Of one process: (part, copy, and the two numbers of its checksum)."""
 
 
-@dataclass
-class Coverage:
-    """What a refit must deliver, and what it has delivered: every tensor once, in the shape of the checkpoint."""
+def require_equal_sums(given: Sequence[SumsOf], taken: Sequence[SumsOf]) -> None:
+    """Compare the checksums of policy ranks with each other's and with those of workers.
 
-    expected: Mapping[str, tuple[int, ...]]
-    """HF name -> shape."""
-    optional: frozenset[str] = frozenset()
-    """Names that may come and are ignored by the engine: the output layer of a model with tied embeddings."""
-    received: set[str] = field(default_factory=set)
-
-    def add(self, entries: Iterable[TensorEntry]) -> None:
-        """Count the tensors of one bucket.
-
-        Raises:
-            RefitError: a name that the engine does not know, that came before, or whose shape differs.
-        """
-        for entry in entries:
-            if entry.name in self.received:
-                raise RefitError(f"{entry.name} was sent twice in one refit")
-            if entry.name in self.expected and entry.shape != self.expected[entry.name]:
-                raise RefitError(
-                    f"{entry.name} has shape {entry.shape}; the engine's checkpoint has {self.expected[entry.name]}"
-                )
-            if entry.name not in self.expected and entry.name not in self.optional:
-                raise RefitError(f"{entry.name} is not in the engine's checkpoint: policy and engine differ in model")
-            self.received.add(entry.name)
-
-    def require_complete(self) -> None:
-        """
-        Raises:
-            RefitError: tensors are missing; names them.
-        """
-        missing = sorted(set(self.expected) - self.received)
-        if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise RefitError(f"{len(missing)} of {len(self.expected)} tensors were never sent: {shown}")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where an end of a refit is."""
-
-    node: str
-    """Ray's id of the node: two Ray nodes on one machine count as two."""
-    gpus: tuple[str, ...]
-    """UUIDs of its GPUs; an empty one on CPUs."""
-
-
-def choose_transports(senders: Sequence[Place], engines: Sequence[Place]) -> list[list[str]]:
-    """How the buckets of each sender reach each engine: `transports[sender][engine]`.
-
-    `network` to another node. On the sender's own node `shm`; `cuda_ipc` when all senders and engines sit on one GPU.
-    A process that Ray confines to its own cards cannot open memory of another card, so peers on different cards of one
-    node meet in host memory.
+    Raises:
+        RefitError: replicas of the policy differ, or something arrived other than it was given, or unchecked.
     """
-    everyone = [*senders, *engines]
-    gpus = {uuid for place in everyone for uuid in place.gpus}
-    one_card = len(gpus) == 1 and "" not in gpus and len({place.node for place in everyone}) == 1
-    local = "cuda_ipc" if one_card else "shm"
-    return [[local if sender.node == engine.node else "network" for engine in engines] for sender in senders]
-
-
-def verify_due(refits_done: int, verify_every: int) -> bool:
-    """Whether the next refit carries checksums: the first of a run always, then every `verify_every` (0: never)."""
-    return refits_done == 0 or (verify_every > 0 and refits_done % verify_every == 0)
+    truth: dict[tuple[int, int], tuple[int, int]] = {}
+    for part, copy, *pair in (each for sums in given for each in sums):
+        if truth.setdefault((part, copy), (pair[0], pair[1])) != (pair[0], pair[1]):
+            raise RefitError(f"replicas of the policy hold different weights (part {part}, copy {copy} of the plan)")
+    for worker, sums in enumerate(taken):
+        wrong = [(part, copy) for part, copy, *pair in sums if truth.get((part, copy)) != (pair[0], pair[1])]
+        if wrong:
+            where = ", ".join(f"copy {copy} of part {part}" for part, copy in wrong[:3])
+            raise RefitError(
+                f"{len(wrong)} of {len(sums)} checked copies arrived at worker {worker} with other bytes than were "
+                f"given: {where}"
+            )

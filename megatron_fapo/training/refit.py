@@ -1,0 +1,198 @@
+"""The driver's side of refits: one plan for all of them, and the order of the steps of each.
+
+In: the policy's ranks and the engines, up. Out: engines that all serve one version of the policy's weights, or an error
+and engines that serve nothing. The driver moves no weights: it tells ranks and workers what the plan has them do.
+
+    pause -> [expose, pull] for each round, and exchange -> finish -> compare checksums -> commit
+      any step fails: every engine gives the refit up and is stale; the group of those that exchange is made anew
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from megatron_fapo.config.weight_sync import WeightSyncConfig
+from megatron_fapo.policy.group import PolicyGroup
+from megatron_fapo.rollout.pool import ABANDON_S, RolloutPool
+from megatron_fapo.weight_sync.plan import Endpoint, Plan, make_plan
+from megatron_fapo.weight_sync.protocol import RefitError, require_equal_sums, share_to_verify
+from megatron_fapo.weight_sync.regions import Index
+from megatron_fapo.weight_sync.share import shares_of
+
+log = logging.getLogger(__name__)
+
+
+class Refits:
+    """All refits of a run. The plan is made at the first."""
+
+    def __init__(self, policy: PolicyGroup, rollout: RolloutPool, config: WeightSyncConfig) -> None:
+        self._policy, self._rollout, self._config = policy, rollout, config
+        self._plan: Plan | None = None
+        self._members: list[int] = []
+        self._joined = False
+        self._done = 0
+
+    async def refit(self, version: int) -> dict[str, float]:
+        """Make every engine serve the policy's weights as `version`.
+
+        Returns:
+            Metrics `weight_sync/...`: bytes by link, and seconds by phase (the slowest process's).
+
+        Raises:
+            RefitError: with the reason; engines are stale, and a new refit may be tried.
+        """
+        seconds: dict[str, float] = {}
+        if self._plan is None:
+            async with _timed(seconds, "plan_s"):
+                self._plan = await self._make_plan()
+        began = time.monotonic()
+        try:
+            await asyncio.wait_for(self._whole(version, seconds), self._config.timeout_s)
+        except BaseException as error:
+            await self._abandon()
+            if isinstance(error, TimeoutError):
+                raise RefitError(
+                    f"the refit to version {version} took more than {self._config.timeout_s:g} s"
+                ) from error
+            raise
+        self._done += 1
+        moved = self._plan.bytes_by_link()
+        by_link = {f"{link}_bytes": float(size) for link, size in moved.items()}
+        metrics = {"bytes": float(sum(moved.values()))} | by_link | seconds | {"total_s": time.monotonic() - began}
+        return {f"weight_sync/{name}": value for name, value in metrics.items()}
+
+    async def _make_plan(self) -> Plan:
+        """Ask everybody what they hold and want, and give each its share of the plan.
+
+        Raises:
+            RefitError: a model that cannot be traced, or weights that policy and engines do not have in common.
+        """
+        held, wanted = await asyncio.gather(self._policy.source_indexes(), self._rollout.target_indexes())
+        places = self._rollout.places
+        known: dict[str, Index] = {}  # replicas have equal ones: hundreds of ranks, a handful of indexes
+
+        def endpoint(place: tuple[str, str], text: str) -> Endpoint:
+            if text not in known:
+                known[text] = Index.from_json(text)
+            return Endpoint(*place, known[text])
+
+        sources = [endpoint(place, text) for place, text in zip(self._policy.places, held, strict=True)]
+        workers = [
+            [endpoint(place, text) for place, text in zip(*engine, strict=True)]
+            for engine in zip(places, wanted, strict=True)
+        ]
+        plan = await asyncio.to_thread(make_plan, sources, [worker for engine in workers for worker in engine])
+        on_gpus = any(gpu for _, gpu in self._policy.places)
+        self._node_messages = self._config.node_link == "message" or (self._config.node_link == "auto" and on_gpus)
+        bucket_bytes = self._config.bucket_mb * 2**20
+        shares, self._members = shares_of(plan, node_messages=self._node_messages, bucket_bytes=bucket_bytes)
+        texts = [share.to_json() for share in shares]
+        self._engine_of = [i for i, engine in enumerate(workers) for _ in engine]
+        of_engines: list[list[str]] = [[] for _ in workers]
+        for number, engine in enumerate(self._engine_of):
+            of_engines[engine].append(texts[plan.sources + number])
+        rounds, _ = await asyncio.gather(
+            self._policy.take_shares(texts[: plan.sources]), self._rollout.take_shares(of_engines)
+        )
+        self._givers = sorted({hop.giver for hop in plan.hops if hop.depth == 0})
+        self._rounds = [[i for i in self._givers if number < rounds[i]] for number in range(max(rounds))]
+        moved = ", ".join(f"{link} {size / 1e6:,.1f} MB" for link, size in plan.bytes_by_link().items() if size)
+        log.info("refits move %s, %.3f of the minimum, in %d hops", moved, plan.bytes_over_minimum, len(plan.hops))
+        return plan
+
+    async def _whole(self, version: int, seconds: dict[str, float]) -> None:
+        share = share_to_verify(self._done, self._config.verify_every, self._config.verify_share)
+        await self._join()
+        seconds["pause_s"] = max(await self._rollout.refit_step("begin_refit", version, share))
+        await self._policy.weights("open", self._givers, version, share)
+        async with _timed(seconds, "transfer_s"):
+            await _together(self._map(seconds), self._exchange())
+        async with _timed(seconds, "finish_s"):
+            found = [worker for engine in await self._rollout.refit_step("finish_refit") for worker in engine]
+        seconds["load_s"] = max(load_s for load_s, _ in found)
+        async with _timed(seconds, "verify_s"):
+            given = await self._policy.weights("sums", self._givers)
+            require_equal_sums(given, [sums for _, sums in found])
+        await self._policy.weights("conceal", self._givers)
+        seconds["reset_s"] = max(await self._rollout.refit_step("commit_refit", version))
+
+    async def _map(self, seconds: dict[str, float]) -> None:
+        """Rounds of tensors that are exposed; on CPUs the next are mirrored while engines copy these."""
+        seconds["expose_s"] = 0.0
+
+        async def expose(number: int) -> list[tuple[int, dict[str, Any]]]:
+            began = time.monotonic()
+            exposures = await self._policy.weights("expose", self._rounds[number], number)
+            seconds["expose_s"] += time.monotonic() - began
+            return list(zip(self._rounds[number], exposures, strict=True))
+
+        upcoming = asyncio.ensure_future(expose(0)) if self._rounds else None
+        try:
+            for number in range(len(self._rounds)):
+                assert upcoming is not None
+                exposures = await upcoming
+                upcoming = asyncio.ensure_future(expose(number + 1)) if number + 1 < len(self._rounds) else None
+                await self._rollout.refit_step("pull", exposures)
+        finally:
+            if upcoming is not None:
+                upcoming.cancel()
+
+    async def _exchange(self) -> None:
+        if self._members:
+            work = [
+                asyncio.ensure_future(self._policy.weights("exchange", self._of_policy)),
+                asyncio.ensure_future(self._rollout.refit_step("exchange", engines=self._of_engines)),
+            ]
+            await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
+            if any(task.done() and task.exception() for task in work):
+                await self._abandon()  # else those that wait for who failed would wait until the time-out
+            await _together(*work)
+
+    @property
+    def _of_policy(self) -> list[int]:
+        assert self._plan is not None
+        return [process for process in self._members if process < self._plan.sources]
+
+    @property
+    def _of_engines(self) -> list[int]:
+        """Engines with workers that exchange."""
+        assert self._plan is not None
+        sources = self._plan.sources
+        return sorted({self._engine_of[process - sources] for process in self._members if process >= sources})
+
+    async def _join(self) -> None:
+        """Make the group of those that exchange, unless it is there."""
+        if self._joined or not self._members:
+            return
+        store = await self._policy.open_group(self._of_policy[0])
+        where = (store, self._members, self._config.timeout_s)
+        await _together(self._policy.join(self._of_policy, *where), self._rollout.join(self._of_engines, *where))
+        self._joined = True
+
+    async def _abandon(self) -> None:
+        self._joined = False
+        await self._rollout.abandon_refit()
+        if self._plan is not None:
+            conceal = self._policy.weights("conceal", self._givers)
+            await asyncio.gather(asyncio.wait_for(conceal, ABANDON_S), return_exceptions=True)
+
+
+async def _together(*work: Awaitable[Any]) -> None:
+    """Everything at once. The first error is raised as itself when all have ended: those that are left hear of it from
+    their own group, and another refit must find them idle."""
+    outcomes = await asyncio.gather(*work, return_exceptions=True)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    if errors:
+        raise errors[0]
+
+
+@asynccontextmanager
+async def _timed(seconds: dict[str, float], name: str) -> AsyncIterator[None]:
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began

@@ -1,0 +1,243 @@
+"""Parts of a plan as messages between processes: the executor of hops that cannot be mapped.
+
+gloo on CPUs, NCCL on GPUs, in a group of its own beside those of megatron and vLLM. A part travels in chunks, one step
+each: the giver packs a chunk, the taker unpacks it and, in the next step, passes on the packed bytes to whoever takes
+the part from it. So at a depth of d everything is d steps late, and all links work at once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from megatron_fapo.weight_sync.plan import Copy, Hop, Part
+from megatron_fapo.weight_sync.protocol import RefitError
+from megatron_fapo.weight_sync.regions import Ints, View
+from megatron_fapo.weight_sync.share import Piece, Share, chunks_of, piece_of
+
+_LOOK_S = 0.5
+_ABORT = "abort"
+
+
+class Exchange:
+    """This process's place in the group. Made again after a failure."""
+
+    def __init__(
+        self,
+        store: tuple[str, int],
+        members: Sequence[int],
+        me: int,
+        *,
+        device: torch.device,
+        address: str,
+        timeout_s: float,
+    ) -> None:
+        """Returns when all members have come.
+
+        Args:
+            store: where the group meets.
+            members: numbers of its processes in the plan.
+            address: of this process's node, for gloo.
+        """
+        wait = timedelta(seconds=timeout_s)
+        self._rank = {process: rank for rank, process in enumerate(members)}
+        self._me, self._device, self._timeout_s = me, device, timeout_s
+        self._store = torch.distributed.TCPStore(*store, is_master=False, timeout=wait)
+        place = (torch.distributed.PrefixStore("group", self._store), self._rank[me], len(members))
+        if device.type == "cuda":
+            nccl = torch.distributed.ProcessGroupNCCL.Options()
+            nccl._timeout = wait
+            self._group: Any = torch.distributed.ProcessGroupNCCL(*place, nccl)
+        else:
+            gloo = torch.distributed.ProcessGroupGloo._Options()
+            gloo._timeout = wait
+            gloo._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
+            self._group = torch.distributed.ProcessGroupGloo(*place, gloo)
+
+    def run(
+        self,
+        share: Share,
+        read: Callable[[Copy, View, Ints], torch.Tensor],
+        write: Callable[[int, Piece, torch.Tensor], None],
+    ) -> None:
+        """Give and take everything that is this process's, once.
+
+        Args:
+            read: (copy, view, shape) -> elements to give.
+            write: (part, piece, bytes of it) takes what has arrived.
+
+        Raises:
+            RefitError: a member is gone or has failed, or it takes too long. The group is then of no more use.
+        """
+        hops, parts = share.messages, share.plan.parts
+        chunks = {hop.part: chunks_of(parts[hop.part], share.chunk_bytes) for hop in hops}
+        steps = max((hop.depth + len(chunks[hop.part]) for hop in hops), default=0)
+        held: dict[int, torch.Tensor] = {}
+        arrived: dict[int, tuple[int, torch.Tensor]] = {}
+        for step in range(steps + 1):
+            packed: dict[int, torch.Tensor] = {}
+            arriving: dict[int, tuple[int, torch.Tensor]] = {}
+            messages: list[tuple[Hop, torch.Tensor]] = []
+            for hop in hops:
+                number = step - hop.depth
+                if not 0 <= number < len(chunks[hop.part]):
+                    continue
+                pieces = chunks[hop.part][number]
+                if hop.taker == self._me:
+                    flat = self._empty(pieces)
+                    arriving[hop.part] = (number, flat)
+                elif hop.depth:
+                    flat = held[hop.part]
+                else:
+                    if hop.part not in packed:
+                        packed[hop.part] = self._pack(parts[hop.part], pieces, read)
+                    flat = packed[hop.part]
+                messages.append((hop, flat))
+            works = self._post(messages)
+            for part, (number, flat) in arrived.items():  # of the step before, while this one's are under way
+                for piece in chunks[part][number]:
+                    write(part, piece, flat[piece.offset : piece.offset + piece.nbytes])
+            self._await(works)
+            arrived, held = arriving, {part: flat for part, (_, flat) in arriving.items()}
+
+    def _empty(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        return torch.empty(pieces[-1].offset + pieces[-1].nbytes, dtype=torch.uint8, device=self._device)
+
+    def _pack(
+        self, part: Part, pieces: Sequence[Piece], read: Callable[[Copy, View, Ints], torch.Tensor]
+    ) -> torch.Tensor:
+        flat = self._empty(pieces)
+        for piece in pieces:
+            copy = part.copies[piece.copy]
+            data = read(copy, *piece_of(copy, copy.source, piece))
+            flat[piece.offset : piece.offset + piece.nbytes].view(data.dtype).view(data.shape).copy_(data)
+        return flat
+
+    def _post(self, messages: Sequence[tuple[Hop, torch.Tensor]]) -> list[Any]:
+        """Begin all messages of a step, as one NCCL group: one at a time, two processes could wait for each other."""
+        if not messages:
+            return []
+        grouped = self._device.type == "cuda"
+        if grouped:
+            self._group._start_coalescing()
+        works = []
+        for tag, (hop, flat) in zip(self._tags(messages), messages, strict=True):
+            call, peer = (self._group.send, hop.taker) if hop.giver == self._me else (self._group.recv, hop.giver)
+            works.append(call([flat], self._rank[peer], tag))
+        return [self._group._end_coalescing()] if grouped else works
+
+    def _tags(self, messages: Sequence[tuple[Hop, torch.Tensor]]) -> Iterator[int]:
+        """Numbers the messages of each pair of processes, which both see in the same order."""
+        seen: dict[tuple[int, int], int] = {}
+        for hop, _ in messages:
+            pair = (hop.giver, hop.taker)
+            seen[pair] = seen.get(pair, -1) + 1
+            yield seen[pair]
+
+    def _await(self, works: Sequence[Any]) -> None:
+        if not works:
+            return
+        try:
+            if self._device.type == "cuda":
+                for work in works:
+                    work.wait()
+                done = torch.cuda.Event()
+                done.record()
+                self._until(done.query)
+            else:
+                waiting = _wait_aside(works)
+                self._until(waiting.done, lambda: concurrent.futures.wait((waiting,), timeout=_LOOK_S))
+                waiting.result()
+        except RuntimeError as error:
+            if isinstance(error, RefitError):
+                raise
+            raise RefitError(f"the exchange of weights broke: {error}") from error
+
+    def _until(self, done: Callable[[], bool], rest: Callable[[], Any] | None = None) -> None:
+        began = look = time.monotonic()
+        while not done():
+            if rest is not None:
+                rest()
+            now = time.monotonic()
+            if now - look > _LOOK_S or rest is not None:
+                look = now
+                if self._aborted():
+                    raise RefitError("another process gave the refit up")
+            if now - began > self._timeout_s:
+                raise RefitError(f"the exchange of weights took more than {self._timeout_s:g} s")
+
+    def _aborted(self) -> bool:
+        try:
+            return bool(self._store.check([_ABORT]))
+        except RuntimeError:  # whoever kept the store is gone
+            return True
+
+    def close(self) -> None:
+        """Leave, whatever the others do: those that wait for this process hear of it."""
+        with contextlib.suppress(RuntimeError):  # the store's keeper is gone, which the members see
+            self._store.set(_ABORT, "")
+        if self._device.type == "cuda":
+            self._group.abort()
+        self._group = None
+
+
+class Member:
+    """A process with a share of a plan, which may be in a group."""
+
+    _share: Share
+    _group: Exchange | None = None
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def join(self, store: tuple[str, int], members: Sequence[int], address: str, timeout_s: float) -> None:
+        """Enter a group; collective over its members. One that this process was in is left."""
+        self.leave()
+        place = {"device": self._device, "address": address, "timeout_s": timeout_s}
+        self._group = Exchange(store, members, self._share.me, **place)
+
+    def leave(self) -> None:
+        if self._group is not None:
+            self._group.close()
+            self._group = None
+
+    def _run(
+        self, read: Callable[[Copy, View, Ints], torch.Tensor], write: Callable[[int, Piece, torch.Tensor], None]
+    ) -> None:
+        """Exchange.run; after a failure this process is in no group."""
+        assert self._group is not None, "join() comes first"
+        try:
+            self._group.run(self._share, read, write)
+        except BaseException:
+            self.leave()
+            raise
+
+
+def _wait_aside(works: Sequence[Any]) -> concurrent.futures.Future[None]:
+    """Wait in a thread of its own: a wait of gloo for a process that hangs ends with the group's timeout only, and must
+    keep neither this process's caller nor its exit waiting."""
+    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+    def wait() -> None:
+        try:
+            for work in works:
+                work.wait()
+            future.set_result(None)
+        except RuntimeError as error:
+            future.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True, name="fapo-exchange").start()
+    return future
+
+
+def abort(store: tuple[str, int]) -> None:
+    """Make every member of a group give up, from a process that is none."""
+    with contextlib.suppress(RuntimeError):  # its keeper is gone, which the members see
+        torch.distributed.TCPStore(*store, is_master=False, timeout=timedelta(seconds=5)).set(_ABORT, "")
