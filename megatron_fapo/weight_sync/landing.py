@@ -126,15 +126,16 @@ class Landing:
         """
         if self._index is None:
             _refuse_own_steps(self._model)
+            index = trace_target(self._model, self._checkpoint)
             self._form = checkpoint_form(self._model)
-            self._index = trace_target(self._model, self._checkpoint)
             self._unit_of = _units(self._form)
             for layer, names in self._form.layers.items():
                 for own, full in names.items():
                     self._places.setdefault(full, (layer, own))
             self._wanted = dict.fromkeys(self._form.tensors, 0)
-            for region in self._index.regions:
+            for region in index.regions:
                 self._wanted[region.view.tensor] += volume(region.shape)
+            self._index = index
         return self._index
 
     def in_place(self) -> frozenset[str]:
@@ -308,11 +309,13 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
 
 def _refuse_own_steps(model: nn.Module) -> None:
     from vllm.model_executor.layers.attention import Attention, MLAAttention
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+    known = Attention | MLAAttention | QuantizeMethodBase
     odd = {
         type(layer).__name__: path
         for path, layer in model.named_modules()
-        if hasattr(layer, "process_weights_after_loading") and not isinstance(layer, Attention | MLAAttention)
+        if hasattr(layer, "process_weights_after_loading") and not isinstance(layer, known)
     }
     if odd:
         shown = some([f"{path} ({kind})" for kind, path in odd.items()])
