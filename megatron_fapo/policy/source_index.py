@@ -71,7 +71,7 @@ def _parameter_names(shape: ModelShape, parallel: ParallelConfig, stage: int) ->
     first, last = stage == 0, stage == parallel.pipeline - 1
     if first:
         yield "embedding.word_embeddings.weight"
-    for layer in _layers_of(shape.layers, parallel, stage):
+    for layer in layers_of(shape.layers, parallel, stage):
         for name in _layer_names(shape, parallel):
             yield f"decoder.layers.{layer}.{name}"
     if last:
@@ -80,7 +80,7 @@ def _parameter_names(shape: ModelShape, parallel: ParallelConfig, stage: int) ->
             yield "output_layer.weight"
 
 
-def _layers_of(layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
+def layers_of(layers: int, parallel: ParallelConfig, stage: int) -> list[int]:
     """Numbers of a stage's layers: they are dealt chunk by chunk, each to all stages in turn."""
     by_stage = stage_layers(layers, parallel)
     found: list[int] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.errors import UserError
 from megatron_fapo.policy.hf_config import Experts, ModelShape, layout_problems, read_model_shape, stage_layers
+from megatron_fapo.policy.source_index import layers_of
 from tests.policy.models import FAMILIES, ROPES, write_config
 
 DENSE = ModelShape(
@@ -217,5 +219,6 @@ def test_layers_are_dealt_as_megatron_deals_them(layers: int, layout: dict[str, 
         assert parallel.pipeline == 1 or any(count < 1 for stage in theirs for count, _ in stage)
         return
     assert stage_layers(layers, parallel) == [[count for count, _ in stage] for stage in theirs]
-    numbers = [offset + i for stage in theirs for count, offset in stage for i in range(count)]
-    assert sorted(numbers) == list(range(layers))  # every layer once
+    numbers = [[offset + i for count, offset in stage for i in range(count)] for stage in theirs]
+    assert [layers_of(layers, parallel, stage) for stage in range(parallel.pipeline)] == numbers
+    assert sorted(itertools.chain(*numbers)) == list(range(layers))  # every layer once

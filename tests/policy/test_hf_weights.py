@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,8 +27,11 @@ from megatron_fapo.policy.hf_weights import (
     write_index,
 )
 from megatron_fapo.policy.parallel import Rank, join
+from megatron_fapo.policy.source_index import planned_indexes, source_index, source_tensors
+from megatron_fapo.weight_sync.regions import Index, LocalTensor
 from tests.policy.models import FAMILIES, write_model
 from tests.policy.ranks import Ranks
+from tests.policy.test_source_index import box_of, expected_holders, holders, part_of
 
 ATTENTION = ["self_attention.linear_qkv.weight", "self_attention.linear_proj.weight"]
 DENSE = [*ATTENTION, "mlp.linear_fc1.weight", "mlp.linear_fc2.weight"]
@@ -92,11 +96,11 @@ def _digests(tensors: Any) -> dict[str, str]:
 
 
 def round_trip_job(rank: Rank, parallel: ParallelConfig, paths: list[str]) -> Any:
-    """(stage, whether it owns the export, its tensors by model) of a rank that exports; None of another."""
+    """(index of its source by model; (stage, whether it owns the export, its tensors by model) if it exports)."""
     state = join(rank, parallel, "cpu", seed=1)
     from megatron_fapo.policy.model import build_chunks
 
-    results = []
+    results, indexes = [], []
     expert = state.get_expert_model_parallel_rank(), state.get_expert_model_parallel_world_size()
     for path in paths:
         shape = read_model_shape(path)
@@ -113,13 +117,24 @@ def round_trip_job(rank: Rank, parallel: ParallelConfig, paths: list[str]) -> An
             assert {int(name.split(".")[5]) for name in local} == set(layer.mlp.local_expert_indices)
         # Padding stands for no token, so nothing of it may be left over from before.
         assert all(p.isfinite().all() for chunk in chunks for p in chunk.parameters())
+        indexes.append(source_index(chunks, shape))
+        _holds_what_it_says(indexes[-1], source_tensors(chunks), HFCheckpoint(path))
         if exports(state):
             results.append(_digests(export_hf(chunks, shape)))
     stage, owns = state.get_pipeline_model_parallel_rank(), owns_export(state)
     torch.distributed.barrier()
     state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-    return (stage, owns, results) if results else None
+    return indexes, (stage, owns, results) if results else None
+
+
+def _holds_what_it_says(index: Index, tensors: dict[str, torch.Tensor], checkpoint: HFCheckpoint) -> None:
+    assert list(index.tensors) == list(tensors)
+    for name, tensor in tensors.items():
+        assert index.tensors[name] == LocalTensor(tuple(tensor.shape), "bfloat16")
+    for region in index.regions:
+        held = part_of(tensors[region.view.tensor], region)
+        assert torch.equal(held, checkpoint[region.name][box_of(region)]), region
 
 
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
@@ -144,9 +159,11 @@ EXPERT_LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("layout", [*LAYOUTS, *EXPERT_LAYOUTS])
 def test_round_trip_is_bitwise(ranks: Ranks, models: Any, layout: str) -> None:
     fields, exporting = (LAYOUTS | EXPERT_LAYOUTS)[layout]
-    parallel = ParallelConfig(**fields)
+    # megatron asks for sequence parallelism where experts meet tensor ranks; the weights are the same.
+    parallel = ParallelConfig(sequence_parallel="tensor" in fields, **fields)
     paths = [path for (family, _), path in models.items() if layout in LAYOUTS or family == "qwen3_moe"]
-    results = [r for r in ranks.run(parallel.world_size, round_trip_job, parallel, paths) if r is not None]
+    answers = ranks.run(parallel.world_size, round_trip_job, parallel, paths)
+    results = [result for _, result in answers if result is not None]
     assert len(results) == exporting
     assert sorted(stage for stage, owns, _ in results if owns) == list(range(parallel.pipeline))
     owners = {stage: found for stage, owns, found in results if owns}
@@ -158,6 +175,12 @@ def test_round_trip_is_bitwise(ranks: Ranks, models: Any, layout: str) -> None:
         source = HFCheckpoint(path)
         exported = {name: digest for stage in owners.values() for name, digest in stage[i].items()}
         assert exported == _digests((name, source[name]) for name in source.names())
+        shape, indexes = read_model_shape(path), [indexes[i] for indexes, _ in answers]
+        planned = planned_indexes(shape, parallel, "bfloat16")
+        assert [index.to_json() for index in indexes] == [index.to_json() for index in planned]
+        for name in source.names():
+            expected = expected_holders(name, shape, parallel)
+            assert np.array_equal(np.unique(holders(indexes, name, tuple(source[name].shape))), [expected]), name
 
 
 def load_job(rank: Rank, path: str) -> str:
