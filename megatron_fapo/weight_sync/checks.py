@@ -17,8 +17,10 @@ def checksum(data: torch.Tensor) -> torch.Tensor:
     """
     flat = data.contiguous().view(-1).view(torch.uint8)
     padding = -flat.numel() % 8
-    words = (torch.nn.functional.pad(flat, (0, padding)) if padding else flat).view(torch.int64)
-    total = torch.full((2,), flat.numel(), dtype=torch.int64, device=data.device)
+    if padding or flat.storage_offset() % 8:  # a slice of a bias may begin anywhere
+        flat = torch.nn.functional.pad(flat, (0, padding)).clone()
+    words = flat.view(torch.int64)
+    total = torch.full((2,), data.nbytes, dtype=torch.int64, device=data.device)
     for start in range(0, words.numel(), _WORDS):
         part = words[start : start + _WORDS]
         weights = torch.arange(2 * start + 1, 2 * (start + part.numel()), 2, device=data.device)
