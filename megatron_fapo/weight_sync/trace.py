@@ -160,25 +160,33 @@ class _Recorder(TorchDispatchMode):
         # Storages are told apart by identity, so whoever records must keep all tensors alive: the caller does.
         self._parameters = {_storage(tensor): (name, tensor) for name, tensor in parameters.items()}
         self._sources = {_storage(tensor): (name, tensor) for name, tensor in sources.items()}
+        self._computed: dict[int, tuple[str, Tensor]] = {}
+        """What was made of HF tensors other than by views: the operation, and the tensor to keep it alive."""
         self.regions: list[Region] = []
         self.fills: list[Fill] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        written = [self._parameters[_storage(t)][0] for t in tensors if _storage(t) in self._parameters]
-        read = [self._sources[_storage(t)][0] for t in tensors if _storage(t) in self._sources]
-        if func.is_view or not (written or read):
+        touched = {_storage(leaf): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        written = [self._parameters[key][0] for key in touched if key in self._parameters]
+        computed = [self._computed[key][0] for key in touched if key in self._computed]
+        read = [self._sources[key][0] for key in touched if key in self._sources]
+        if func.is_view or not (written or computed or read):
             return func(*args, **kwargs)
-        copied = func is torch.ops.aten.copy_.default and written and read
-        if copied and _storage(args[0]) in self._parameters:
+        if not written:  # refused when it comes to a parameter, which is then known
+            result = func(*args, **kwargs)
+            did = f"{func} on {some(read)}" if read else computed[0]
+            self._computed |= {_storage(leaf): (did, leaf) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)}
+            return result
+        if func is torch.ops.aten.copy_.default and len(written) == len(read) == 1 and not computed:
             self._copy(args[0], args[1])
         elif func in (torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default):
             self._fill(args[0], float(args[1]) if len(args) > 1 else 0.0)
         else:
+            did = computed[0] if computed else f"{func} on {some(read) or 'itself'}"
             raise RefitError(
-                f"the loader of {some(written) or 'a tensor that is no parameter'} cannot be traced: {func} on "
-                f"{some(read) or 'the parameter itself'}; only views, copies and constants can be replayed at a refit"
+                f"the loader of {written[0]} cannot be traced: {did}; only views, copies and constants can be replayed "
+                "at a refit"
             )
         return args[0]
 
@@ -192,8 +200,8 @@ class _Recorder(TorchDispatchMode):
         found = _box(source.storage_offset(), tuple(source.shape), source.stride(), tuple(whole_source.shape))
         if target.shape != source.shape or found is None:
             raise RefitError(
-                f"the loader of {name} cannot be traced: it takes a {tuple(target.shape)} part of {hf_name} "
-                f"{tuple(whole_source.shape)} that is broadcast or reshaped, not a box"
+                f"the loader of {name} cannot be traced: it copies {tuple(source.shape)} of {hf_name} "
+                f"{tuple(whole_source.shape)} into {tuple(target.shape)}, broadcast or reshaped: not a box"
             )
         start, dims = found
         shape = tuple(1 if dim is None else source.shape[dim] for dim in dims)

@@ -46,5 +46,8 @@ def test_refit_equals_a_fresh_load(case: Case, workers: int, vllm_ranks: VllmRan
     for found in vllm_ranks.run(refitted_against_loaded, case, paths, workers):
         assert found["unlike a fresh load"] == found["touched by tracing"] == []
         assert found["new objects"] == found["moved"] == []
-        assert all(name in found["changed"] or f"{name.rpartition('.')[0]}.packed" in found["changed"] for name in found["tensors"])
+        assert all(
+            name in found["changed"] or f"{name.rpartition('.')[0]}.packed" in found["changed"]
+            for name in found["tensors"]
+        )
         assert {name for name in found["tensors"] if "norm" in name} == found["in place"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from megatron_fapo.weight_sync.landing import Landing
 from megatron_fapo.weight_sync.trace import Checkpoint
 
-HIDDEN, HEADS, HEAD_DIM, FFN, EXPERTS, EXPERT_FFN, LAYERS = 64, 4, 32, 128, 4, 32, 2
+HIDDEN, HEADS, FFN, EXPERTS, EXPERT_FFN, LAYERS = 64, 4, 128, 4, 32, 2
 VOCAB = 515  # odd: padded rows, all of them on the last rank
 
 
@@ -26,19 +25,23 @@ class Case:
     tied: bool = False
     kv_heads: int = 2
 
+    @property
+    def head_dim(self) -> int:
+        return 32 if self.family.startswith("qwen3") else HIDDEN // HEADS
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """HF name -> shape, as transformers names and shapes them."""
         found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB, HIDDEN)}
-        kv = self.kv_heads * HEAD_DIM
+        kv = self.kv_heads * self.head_dim
         for layer in (f"model.layers.{i}" for i in range(LAYERS)):
             attention = f"{layer}.self_attn"
-            for part, rows in (("q", HEADS * HEAD_DIM), ("k", kv), ("v", kv)):
+            for part, rows in (("q", HEADS * self.head_dim), ("k", kv), ("v", kv)):
                 found[f"{attention}.{part}_proj.weight"] = (rows, HIDDEN)
                 if self.family == "qwen2":
                     found[f"{attention}.{part}_proj.bias"] = (rows,)
                 if self.family.startswith("qwen3") and part != "v":
-                    found[f"{attention}.{part}_norm.weight"] = (HEAD_DIM,)
-            found[f"{attention}.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
+                    found[f"{attention}.{part}_norm.weight"] = (self.head_dim,)
+            found[f"{attention}.o_proj.weight"] = (HIDDEN, HEADS * self.head_dim)
             mlps, width = [f"{layer}.mlp"], FFN
             if self.family == "qwen3_moe":
                 found[f"{layer}.mlp.gate.weight"] = (EXPERTS, HIDDEN)
@@ -72,7 +75,7 @@ class Case:
             json.dumps(
                 json.loads(path.read_text())
                 | {
-                    "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "head_dim": HEAD_DIM,
+                    "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "head_dim": self.head_dim,
                     "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "layer_types": None,
                     "num_experts": EXPERTS, "moe_intermediate_size": EXPERT_FFN,
                 }
@@ -83,11 +86,8 @@ class Case:
 
 
 def _start(rank: int, rendezvous: str) -> None:
-    from megatron_fapo.rollout.environment import vllm_environment
+    import tests.weight_sync.vllm_preload  # noqa: F401  (forkserver forgets what failed in it)
 
-    # The registry's processes that inspect models, and the platform, must not see what this process is.
-    os.environ.update(vllm_environment("cpu") | {"VLLM_LOGGING_LEVEL": "ERROR"})
-    torch.set_num_threads(1)
     global _rank, _rendezvous
     _rank, _rendezvous = rank, rendezvous
 
@@ -120,7 +120,9 @@ def contents(model: Any) -> dict[str, torch.Tensor]:
             found[f"{name}.packed"] = layer.cpu_linear(torch.eye(width), layer.weight, None)
         for experts, width in (("gate_up_linear", HIDDEN), ("down_linear", None)):
             for i, packed in enumerate(getattr(layer, experts, ())):
-                found[f"{name}.{experts}.{i}"] = packed(torch.eye(width or layer.moe_config.intermediate_size_per_partition))
+                found[f"{name}.{experts}.{i}"] = packed(
+                    torch.eye(width or layer.moe_config.intermediate_size_per_partition)
+                )
     return found
 
 
@@ -146,9 +148,10 @@ class VllmRanks:
     """Two processes with vLLM; they start when first used."""
 
     def __init__(self, rendezvous: Path):
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["tests.weight_sync.vllm_preload"])
         self._pools = [
-            ProcessPoolExecutor(1, get_context("spawn"), initializer=_start, initargs=(rank, str(rendezvous)))
-            for rank in range(2)
+            ProcessPoolExecutor(1, context, initializer=_start, initargs=(rank, str(rendezvous))) for rank in range(2)
         ]
 
     def run[T](self, function: Callable[..., T], *args: Any) -> list[T]:
