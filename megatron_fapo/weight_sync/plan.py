@@ -7,10 +7,11 @@ Copies with the same holders and the same takers form a group, and groups are ro
   too small to matter come with a hop that is there anyway.
 - What no source on the node holds crosses the network to it once. The workers that want it are a cohort: they take a
   share each, through their own NICs, and pass it on to the others of the cohort.
-- A share goes from a source straight to every node, while no source sends more than the busiest NIC has to take in
-  anyhow. Nodes beyond that get it from nodes that have it, the one that has sent least and is nearest to a source
-  first: chains, which cost no NIC more since a node sends what it took (full duplex), and one chunk's time a hop. So
-  the busiest NIC carries about one node's share, however many replicas there are.
+- To node after node a share goes from whoever has it: from a source, or else from as near to a source as can be, among
+  those whose NIC would not send more than the busiest NIC has to take in anyhow. So while the sources can feed all
+  nodes they do; where they cannot, nodes pass on to others in chains, which costs no NIC more (full duplex) and one
+  chunk's time a hop, and the busiest NIC carries about one node's share, however many replicas there are. If all are
+  at their limit, the least busy gives.
 
 Everything is balanced greedily by bytes, largest first, ties by number: the same input gives the same plan.
 """
@@ -34,8 +35,9 @@ _SMALL = 1 / 256
 _GRAIN = 64
 """Copies of more than this part of a share are cut, so that shares are equal and all of them pass through the layers
 together."""
-_SLACK = 1.02
-"""What a source may send beyond the busiest NIC's intake: groups do not add up to it exactly."""
+_SLACK = 1.1
+"""What a NIC may send beyond the busiest one's intake: shares do not add up to it exactly, and without room to spare
+one that does not fit pushes out others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +102,14 @@ class Plan:
 
     def of(self, process: int) -> Plan:
         """What one process needs: its own hops, and of the parts of others none of the copies."""
-        hops = tuple(hop for hop in self.hops if process in (hop.giver, hop.taker))
+        hops = tuple(self._by_process.get(process, ()))
         mine = {hop.part for hop in hops}
         parts = tuple(part if i in mine else Part(()) for i, part in enumerate(self.parts))
         return replace(self, parts=parts, hops=hops)
+
+    @cached_property
+    def _by_process(self) -> dict[int, list[Hop]]:
+        return _lists((process, hop) for hop in self.hops for process in (hop.giver, hop.taker))
 
     def bytes_by_link(self) -> dict[str, int]:
         """What all hops together move."""
@@ -347,13 +353,17 @@ class _Planner:
     def _bring(self, share: _Share, cohort: Sequence[int], sent: dict[Hashable, int], limit: float) -> None:
         """A share to one more node."""
         count, first = len(self.sources), len(self.sources) + cohort[0]
-        holders = (s for kind in share.group.holders for s in self.by_kind[kind])
-        giver = min(holders, key=lambda s: (sent[self._nic(s)], s))
-        depth = 0
-        if share.taken and sent[self._nic(giver)] + share.nbytes > limit:
-            giver = min(share.taken, key=lambda t: (sent[self._nic(t)], share.taken[t][1], t))
-            part, depth = share.taken[giver]
-            depth += 1
+        givers = [(s, 0) for kind in share.group.holders for s in self.by_kind[kind]]
+        givers += [(t, depth + 1) for t, (_, depth) in share.taken.items()]
+
+        def cost(giver: tuple[int, int]) -> tuple[float, ...]:
+            process, depth = giver
+            load = sent[self._nic(process)] + share.nbytes
+            return (0, depth, load, process) if load <= limit else (1, load, depth, process)
+
+        giver, depth = min(givers, key=cost)
+        if depth:
+            part, _ = share.taken[giver]
         else:
             kind = self.source_kinds[giver]
             part = self._part((kind, share.group.number, share.number, share.of), kind, lambda: share.atoms)
