@@ -160,9 +160,10 @@ class Landing:
         return self._flat[tensor].as_strided(shape, stride, offset)
 
     def _memory(self, tensor: str) -> Tensor:
-        unit = self._unit_of.get(tensor)
-        if self._missing is None or unit is None:
-            raise RefitError(f"{tensor}: " + ("no refit is under way" if unit else "this model has no such tensor"))
+        if self._missing is None:
+            raise RefitError(f"{tensor} cannot be written: no refit is under way")
+        if (unit := self._unit_of.get(tensor)) is None:
+            raise RefitError(f"this model has no tensor {tensor}: the plan is of another model")
         if unit.plain:
             layer, own = self._places[tensor]
             live = getattr(layer, own)

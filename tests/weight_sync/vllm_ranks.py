@@ -75,8 +75,8 @@ class Case:
             json.dumps(
                 json.loads(path.read_text())
                 | {
-                    "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "head_dim": self.head_dim,
-                    "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "layer_types": None,
+                    "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
+                    "head_dim": self.head_dim,                    "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "layer_types": None,
                     "num_experts": EXPERTS, "moe_intermediate_size": EXPERT_FFN,
                 }
             )
