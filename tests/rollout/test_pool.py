@@ -13,7 +13,7 @@ from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
 from megatron_fapo.data.records import Sample, SampleKey
 from megatron_fapo.rollout.engine import EngineDiedError, RolloutEngine, VLLMDiedError
 from megatron_fapo.rollout.pool import RolloutPool
-from megatron_fapo.weight_sync.protocol import Bucket, RefitError, TensorEntry
+from megatron_fapo.weight_sync.protocol import RefitError
 from tests.rollout.conftest import make_prompts, run
 
 
@@ -40,18 +40,9 @@ class Engine:
                 yield Sample(key, prompt, (1,), (-0.5,), self.name, "stop", max_tokens)
         self._note("generate")
 
-    async def begin_refit(self):
-        self._note("begin")
-        return {"pause_s": 1.0}
-
-    async def load_bucket(self, bucket):  # noqa: ARG002
-        await asyncio.sleep(0.1)
-        self._note("load")
-        return {"load_s": 2.0}
-
-    async def finish_refit(self, version):
-        self._note(f"finish {version}")
-        return {"finish_s": 3.0}
+    async def pull(self, exposures):
+        self._note(f"pull {exposures}")
+        return self.name
 
     async def abort_refit(self):
         self._note("abort")
@@ -110,53 +101,19 @@ def test_a_failing_engine_is_named_with_the_end_of_its_log(pool_of):
         collect(pool, make_prompts(4))
 
 
-def source_of(count, log):
-    entry = TensorEntry("t", "float32", (1,), 0, 4)
-    buckets = iter([Bucket("h", "shm", (), 4, (entry,), 0.25)] * count)
-
-    async def source():
-        log.append("next")
-        return next(buckets, None)
-
-    return source
-
-
-def test_refit_takes_every_engine_through_every_step(pool_of):
+def test_a_step_of_a_refit_is_asked_of_all_engines_or_of_some(pool_of):
     pool, handles = pool_of(None, None)
-    log = []
-    metrics = run(pool.refit([source_of(2, log), source_of(1, log)], 9, timeout_s=30))
-    for handle in handles:
-        assert run(_await(handle.history.remote())) == ["begin", "load", "load", "load", "finish 9"]
-    total = metrics.pop("weight_sync/total_s")
-    assert total > 0
-    assert metrics == {
-        "weight_sync/pause_s": 1.0,
-        "weight_sync/load_s": 6.0,
-        "weight_sync/finish_s": 3.0,
-        "weight_sync/bytes": 12.0,
-        "weight_sync/buckets": 3.0,
-        "weight_sync/pack_s": 0.75,
-    }
+    assert run(pool.refit_step("pull", 1)) == ["engine 0", "engine 1"]
+    assert run(pool.refit_step("pull", 2, engines=[1])) == ["engine 1"]
+    assert [run(_await(handle.history.remote())) for handle in handles] == [["pull 1"], ["pull 1", "pull 2"]]
 
 
-@pytest.mark.parametrize("step", ["begin", "load", "finish 9"])
-def test_a_refit_that_one_engine_cannot_complete_is_given_up_on_all(pool_of, step):
-    pool, handles = pool_of(None, step)
-    with pytest.raises(RefitError, match=f"engine 1 cannot {step}"):
-        run(pool.refit([source_of(3, [])], 9, timeout_s=30))
-    for handle in handles:
-        assert run(_await(handle.history.remote()))[-1] == "abort"
-
-
-def test_a_refit_has_a_deadline(pool_of):
-    pool, handles = pool_of(None)
-
-    async def never():
-        await asyncio.sleep(60)
-
-    with pytest.raises(RefitError, match=r"version 9 took more than 0.5 s"):
-        run(pool.refit([never], 9, timeout_s=0.5))
-    assert run(_await(handles[0].history.remote()))[-1] == "abort"
+def test_why_an_engine_cannot_do_a_step_is_told_and_all_can_give_the_refit_up(pool_of):
+    pool, handles = pool_of("abort", "pull 3")
+    with pytest.raises(RefitError, match="engine 1 cannot pull 3"):
+        run(pool.refit_step("pull", 3))
+    run(pool.abandon_refit())
+    assert [run(_await(handle.history.remote()))[-1] for handle in handles] == ["abort", "abort"]
 
 
 async def _await(reference):
