@@ -47,7 +47,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: 2, with the usage on stderr.
     """
     parser = _parser()
-    args, rest = parser.parse_known_args(_plain_resume(sys.argv[1:] if argv is None else argv))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:2] == ["plan", "refit"]:  # beside `plan CONFIG`, which argparse cannot have in one parser
+        words[:2] = ["plan refit"]
+    args, rest = parser.parse_known_args(_plain_resume(words))
     # argparse fills a list of positionals once, so overrides that follow a later option arrive as leftovers.
     stray = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(args, "overrides")]
     if stray:
@@ -227,6 +230,20 @@ def _plan(args: argparse.Namespace) -> int:
     )
 
 
+def _plan_refit(args: argparse.Namespace) -> int:
+    from megatron_fapo.plan.refit import refit_command
+
+    return refit_command(
+        model=args.model,
+        train=args.train,
+        rollout=args.rollout,
+        gpus_per_node=args.gpus_per_node,
+        colocated=args.colocated,
+        kind=args.kind,
+        json_path=args.json,
+    )
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from megatron_fapo.launch.doctor import doctor_command
 
@@ -367,6 +384,18 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", type=Path, metavar="FILE", help="all numbers, all alternatives")
     plan.add_argument("--timeline", type=Path, metavar="FILE", help="one step as .png, .svg or .html")
     plan.set_defaults(verb=_plan)
+
+    refit = verbs.add_parser("plan refit", help="bytes and seconds of new weights on their way to the engines")
+    refit.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="as in `fapo plan --model`")
+    refit.add_argument("--train", default="", metavar="tp=4,pp=4,dp=2", help="the policy: tp, pp, vpp, cp, ep, etp, dp")
+    refit.add_argument("--rollout", default="", metavar="tp=4,replicas=8", help="the engines")
+    refit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
+    refit.add_argument(
+        "--colocated", action="store_true", help="engines on the policy's GPUs; else on nodes after them"
+    )
+    refit.add_argument("--kind", default="H100", help="of GPU: H100 (default), H200, A100 or cpu")
+    refit.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
+    refit.set_defaults(verb=_plan_refit)
 
     doctor = verbs.add_parser("doctor", help="what this machine or a partition has, its speed, what is missing")
     doctor.add_argument("--json", action="store_true", help="for scripts")

@@ -44,8 +44,9 @@ def find_shape(name_or_path: str, key: str, max_positions: int | None = None) ->
     """
     if (Path(name_or_path) / "config.json").is_file():
         return read_model_shape(name_or_path, max_positions), f"{name_or_path}/config.json"
-    name = Path(name_or_path).name
-    if name not in BUILT_IN:
+    asked = Path(name_or_path).name.lower()
+    name = next((name for name in BUILT_IN if name.lower() == asked), None)
+    if name is None:
         raise UserError(
             f"{key} = {name_or_path or '(empty)'}: no config.json there, and no built-in shape of that name: "
             f"give a directory, or one of {', '.join(BUILT_IN)}"

@@ -206,7 +206,7 @@ class _Share:
     taken: dict[int, tuple[int, int]]
     """Taker over the network -> (part, depth) as it got there."""
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(atom.nbytes for atom in self.atoms)
 
