@@ -52,7 +52,10 @@ class Sample:
     finish_reason: str
     """`stop` (end token) or `length` (cut at the response limit)."""
     weight_version: int
-    """Version of the policy weights that produced every token of this sample."""
+    """Version of the policy weights that produced the first token, and the others up to the first of later_versions."""
+    later_versions: tuple[tuple[int, int], ...] = ()
+    """(token, version) of each refit in flight (`weight_sync.in_flight`): that token and those after it come from the
+    later weights, which have read all that stands before."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def sample_record(scored: ScoredSample) -> dict[str, Any]:
         "response_tokens": len(sample.token_ids),
         "finish_reason": sample.finish_reason,
         "weight_version": sample.weight_version,
+        "later_versions": [list(start) for start in sample.later_versions],
         "reward": score.reward,
         "correct": score.correct,
         "prediction": score.prediction,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -26,7 +27,8 @@ def _restore_logger():
 
 def test_a_sample_file_answers_why_a_sample_got_its_reward(tmp_path):
     text = "one\u2028two\n\nthree \x85 <end>"
-    write_samples(tmp_path, 123, [make_sample(2, "flawed", text), make_sample(7, "unscored")])
+    twice = replace(make_sample(7, "unscored").sample, later_versions=((9, 4), (12, 5)))
+    write_samples(tmp_path, 123, [make_sample(2, "flawed", text), replace(make_sample(7, "unscored"), sample=twice)])
     flawed, unscored = read_samples(tmp_path, 123)
     assert flawed["text"] == text
     assert (flawed["prompt_id"], flawed["epoch"], flawed["sample_index"]) == ("testbed/0", 0, 2)
@@ -41,6 +43,7 @@ def test_a_sample_file_answers_why_a_sample_got_its_reward(tmp_path):
         "agreement": 1.0,
     }
     assert (flawed["weight_version"], flawed["finish_reason"], flawed["response_tokens"]) == (3, "stop", 22)
+    assert (flawed["later_versions"], unscored["later_versions"]) == ([], [[9, 4], [12, 5]])
     assert (unscored["reward"], unscored["unscored_reason"], unscored["verdict"]) == (None, "genrm_deadline", None)
 
 
