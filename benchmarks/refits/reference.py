@@ -77,10 +77,13 @@ class ReferencePolicy(PolicyActor):
         self._settle()
         return time.perf_counter() - began
 
-    def free_port(self) -> int:
+    def meeting_place(self) -> dict[str, Any]:
+        """Of vLLM's NCCL group: this node, and a port that is free."""
+        import ray
+
         with socket.socket() as free:
             free.bind(("", 0))
-            return int(free.getsockname()[1])
+            return {"master_address": ray.util.get_node_ip_address(), "master_port": free.getsockname()[1]}
 
     def join_nccl(self, where: dict[str, Any]) -> None:
         """Enter the group with vLLM's workers. Rank 0 only; returns when all workers have come."""
@@ -184,9 +187,7 @@ class Native:
         self.metas = (await asyncio.gather(*(rank.describe.remote() for rank in self.ranks)))[0]
         if self.backend == "nccl":
             each = self.cluster.config.rollout.tensor_parallel
-            address, _ = await self.ranks[0].address.remote()
-            where = {"master_address": address, "master_port": await self.ranks[0].free_port.remote()}
-            where["world_size"] = 1 + each * len(self.engines)
+            where = await self.ranks[0].meeting_place.remote() | {"world_size": 1 + each * len(self.engines)}
             joins = [self.ranks[0].join_nccl.remote(where)]
             for number, engine in enumerate(self.engines):
                 joins.append(engine.init_weight_transfer_engine.remote(where | {"rank_offset": 1 + each * number}))
