@@ -391,7 +391,7 @@ def _parser() -> argparse.ArgumentParser:
     refit.add_argument("--rollout", default="", metavar="tp=4,replicas=8", help="the engines")
     refit.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default 8")
     refit.add_argument(
-        "--colocated", action="store_true", help="engines on the policy's GPUs; else on nodes after them"
+        "--colocated", action="store_true", help="engines on the policy's GPUs; else on those after them"
     )
     refit.add_argument("--kind", default="H100", help="of GPU: H100 (default), H200, A100 or cpu")
     refit.add_argument("--json", type=Path, metavar="FILE", help="all numbers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -57,13 +58,15 @@ def refit_command(
     rates = KINDS[kinds[kind.lower()]]
     links = LinkRates(rates.memory_gbs, rates.link_gbs, rates.network_gbs)
     began = time.perf_counter()
-    dtype = "float32" if kind.lower() == "cpu" else "bfloat16"
+    cpu = kind.lower() == "cpu"
+    dtype = "float32" if cpu else "bfloat16"
     sources = on_nodes(planned_indexes(shape, parallel, dtype), 1, gpus_per_node, 0)
     workers = [planned_target(shape, tensor, rank, dtype) for rank in range(tensor)] * replicas
-    after = 0 if colocated else -(-len(sources) // gpus_per_node)
-    targets = on_nodes(workers, tensor, gpus_per_node, after)
+    targets = on_nodes(workers, tensor, gpus_per_node, 0 if colocated else len(sources))
     plan = make_plan(sources, targets)
-    prediction = predict(plan, sources, targets, links, WeightSyncConfig().bucket_mb * 2**20)
+    prediction = predict(
+        plan, sources, targets, links, node_messages=not cpu, bucket_bytes=WeightSyncConfig().bucket_mb * 2**20
+    )
     found: dict[str, Any] = {
         "model": origin,
         "train": policy,
@@ -98,9 +101,16 @@ def refit_command(
 
 
 def on_nodes(indexes: Sequence[Index], together: int, gpus_per_node: int, first: int) -> list[Endpoint]:
-    """A GPU for each process, from the first of node `first`; `together` consecutive ones share a node."""
-    room = gpus_per_node // together * together
-    return [Endpoint(str(first + i // room), str(i % room), index) for i, index in enumerate(indexes)]
+    """A GPU for each process, from GPU `first` of all nodes' on; `together` consecutive ones share a node."""
+    nodes = (
+        range(max(first, low), low + gpus_per_node)
+        for low in itertools.count(first // gpus_per_node * gpus_per_node, gpus_per_node)
+    )
+    free = (gpu for gpus in nodes for gpu in gpus[: len(gpus) // together * together])
+    return [
+        Endpoint(str(gpu // gpus_per_node), str(gpu % gpus_per_node), index)
+        for gpu, index in zip(free, indexes, strict=False)
+    ]
 
 
 def _engines_beside(gpus: int, tensor: int, gpus_per_node: int) -> int:

@@ -1,6 +1,6 @@
 """How long a plan takes at given link rates. Pure.
 
-Each card copies what it can map, one copy after the other; then all exchange messages in steps of one chunk of every
+Each card copies what it maps, one copy after the other; then messages are exchanged in steps of one chunk of every
 part, where what arrives in one step is passed on in the next: a plan of depth d takes d steps more than its longest
 part has chunks, and each step is as long as the busiest link's share of it. Links carry both directions at once.
 """
@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from megatron_fapo.weight_sync.plan import Endpoint, Plan
+from megatron_fapo.weight_sync.share import chunk_size, is_message
 
 
 @dataclass(frozen=True)
@@ -46,37 +47,40 @@ class Prediction:
 
 
 def predict(
-    plan: Plan, sources: Sequence[Endpoint], targets: Sequence[Endpoint], rates: LinkRates, bucket_bytes: int
+    plan: Plan,
+    sources: Sequence[Endpoint],
+    targets: Sequence[Endpoint],
+    rates: LinkRates,
+    *,
+    node_messages: bool,
+    bucket_bytes: int,
 ) -> Prediction:
     """Seconds of the busiest card by link. Processes on one card share its links; on CPUs each has its own.
 
     Args:
+        node_messages: whether cards of one node exchange messages, too (`weight_sync.node_link`).
         bucket_bytes: of messages that a process holds at once (`weight_sync.bucket_mb`).
     """
     ends = [*sources, *targets]
     cards: list[Hashable] = [(end.node, end.gpu) if end.gpu else i for i, end in enumerate(ends)]
     out: dict[tuple[str, Hashable], int] = defaultdict(int)
     into: dict[tuple[str, Hashable], int] = defaultdict(int)
-    messages: dict[int, int] = defaultdict(int)
     longest = depth = 0
     for hop in plan.hops:
-        nbytes, message = plan.parts[hop.part].nbytes, hop.link == "network" or hop.depth > 0
-        link = "passed" if message and hop.link == "node" else hop.link
+        nbytes, message = plan.parts[hop.part].nbytes, is_message(hop, node_messages)
+        link = "sent" if message and hop.link == "node" else hop.link
         out[link, cards[hop.giver]] += nbytes
         into[link, cards[hop.taker]] += nbytes
         if message:
             longest, depth = max(longest, nbytes), max(depth, hop.depth)
-            messages[hop.giver] += 1
-            messages[hop.taker] += 1
-    rate = {"local": rates.memory_gbs / 2, "node": rates.link_gbs, "passed": rates.link_gbs}
+    rate = {"local": rates.memory_gbs / 2, "node": rates.link_gbs, "sent": rates.link_gbs}
     rate["network"] = rates.network_gbs
     seconds, busiest = dict.fromkeys(rate, 0.0), {}
     for (link, card), nbytes in [*into.items(), *out.items()]:
         if (took := nbytes / (rate[link] * 1e9)) > seconds[link]:
             seconds[link], busiest[link] = took, (card, nbytes)
-    exchange_s = max(seconds["network"], seconds["passed"])
-    # A process's messages of one step fit in a bucket.
-    steps = max(1.0, longest * max(messages.values(), default=0) / bucket_bytes)
+    exchange_s = max(seconds["network"], seconds["sent"])
+    steps = max(1, longest / chunk_size(plan, node_messages=node_messages, bucket_bytes=bucket_bytes))
     fill_s = exchange_s * depth / steps
     limits = max(seconds, key=seconds.__getitem__)
     critical = "nothing moves"
@@ -84,8 +88,8 @@ def predict(
         card, nbytes = busiest[limits]
         critical = f"{_name(cards.index(card), ends, plan.sources)}, {nbytes / 1e9:.3g} GB"
     total_s = seconds["local"] + seconds["node"] + exchange_s + fill_s
-    limits = "node" if limits == "passed" else limits
-    node_s = seconds["node"] + seconds["passed"]
+    limits = "node" if limits == "sent" else limits
+    node_s = seconds["node"] + seconds["sent"]
     return Prediction(seconds["local"], node_s, seconds["network"], fill_s, total_s, limits, critical)
 
 

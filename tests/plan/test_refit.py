@@ -28,6 +28,8 @@ def test_a_refit_is_planned_printed_and_written(tmp_path: Path, capsys: pytest.C
     colocated = json.loads(file.read_text())
     assert colocated["bytes"]["local"] > 0
     assert colocated["predicted_s"] < plan["predicted_s"]
+    assert main([*LARGE, "--train", "tp=4", "--rollout", "tp=4", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["limits"] == "node"  # engines on the four GPUs that the policy leaves
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ TINY = ModelShape(
 )  # fmt: skip
 QWEN_32B = BUILT_IN["Qwen2.5-32B"]
 H100 = LinkRates(memory_gbs=3000.0, link_gbs=370.0, network_gbs=45.0)
-MIB = 2**20
+AUTO: dict[str, Any] = {"node_messages": True, "bucket_bytes": 512 * 2**20}
 
 
 def on_nodes(indexes: Sequence[Index], first: int = 0, per_node: int = 8) -> list[Endpoint]:
@@ -222,7 +222,7 @@ def test_replicas_of_the_policy_give_alike() -> None:
 def test_a_plan_of_1024_ranks_is_quick() -> None:
     began = time.monotonic()
     plan, sources, targets = big(32, 128)
-    prediction = predict(plan, sources, targets, H100, 512 * MIB)
+    prediction = predict(plan, sources, targets, H100, **AUTO)
     assert time.monotonic() - began < 10
     assert (plan.sources, plan.targets, plan.bytes_over_minimum) == (512, 512, 1.0)
     assert 0.18 < prediction.total_s < 0.25
@@ -374,7 +374,7 @@ def test_predictions_are_near_the_floors_of_disaggregated_and_colocated_nodes(
     """65.5 GB over 8 NICs a node; megatron's order of ranks puts one stage on a node of the colocated four, so that
     three quarters of a node's 65.5 GB come from others."""
     plan, sources, targets = big(data, 8, far=far)
-    prediction = predict(plan, sources, targets, H100, 512 * MIB)
+    prediction = predict(plan, sources, targets, H100, **AUTO)
     assert prediction.network_s == pytest.approx(expected, rel=0.07)
     assert prediction.limits == "network"
     assert prediction.total_s < 1.1 * expected
@@ -384,7 +384,7 @@ def test_predictions_of_a_colocated_policy_whose_replicas_are_two_stages_a_node(
     parallel = ParallelConfig(tensor=4, pipeline=4, sequence_parallel=True)
     sources = on_nodes(planned_indexes(QWEN_32B, parallel, "bfloat16") * 2)
     targets = on_nodes(engines(QWEN_32B, 4, 8, "bfloat16"))
-    prediction = predict(make_plan(sources, targets), sources, targets, H100, 512 * MIB)
+    prediction = predict(make_plan(sources, targets), sources, targets, H100, **AUTO)
     assert prediction.network_s == pytest.approx(0.091, rel=0.1)
 
 
@@ -392,7 +392,7 @@ def test_predictions_of_one_node_and_of_what_is_avoided() -> None:
     parallel = ParallelConfig(tensor=4, sequence_parallel=True)
     sources = on_nodes(planned_indexes(QWEN_32B, parallel, "bfloat16"))
     targets = [dataclasses.replace(end, gpu=f"{end.gpu}+4") for end in on_nodes(engines(QWEN_32B, 4, 1, "bfloat16"))]
-    prediction = predict(make_plan(sources, targets), sources, targets, H100, 512 * MIB)
+    prediction = predict(make_plan(sources, targets), sources, targets, H100, **AUTO)
     assert prediction.node_s == pytest.approx(0.044, rel=0.02)
     assert (prediction.limits, prediction.local_s, prediction.network_s, prediction.fill_s) == ("node", 0, 0, 0)
     size = 2 * QWEN_32B.parameters
