@@ -411,9 +411,10 @@ class RolloutEngine:
         return seconds
 
     async def abort_refit(self) -> None:
-        """Give an unfinished refit up. The engine stays stale until a whole refit succeeds."""
-        if self._version.state is EngineState.UPDATING:
-            self._version.fail()
+        """Give an unfinished refit up, if one has begun. The engine stays stale until a whole refit succeeds."""
+        if self._version.state is EngineState.FRESH:
+            return
+        self._version.fail()
         if self._store is not None:
             from megatron_fapo.weight_sync.exchange import abort
 

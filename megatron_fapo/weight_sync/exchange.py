@@ -76,6 +76,8 @@ class Exchange:
         Raises:
             RefitError: a member is gone or has failed, or it takes too long. The group is then of no more use.
         """
+        if self._aborted():
+            raise RefitError("another process gave an earlier refit up")
         hops, parts = share.messages, share.plan.parts
         chunks = {hop.part: chunks_of(parts[hop.part], share.chunk_bytes) for hop in hops}
         steps = max((hop.depth + len(chunks[hop.part]) for hop in hops), default=0)

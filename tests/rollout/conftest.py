@@ -63,6 +63,29 @@ class Engine:
         return self.generate(make_prompts(12))
 
 
+def make_breakable() -> type:
+    """The engine's actor, whose steps can be made to fail in vLLM's worker or in its core."""
+    from megatron_fapo.rollout.engine import RolloutEngine
+
+    class BreakableEngine(RolloutEngine):
+        broken = ""
+
+        def break_at(self, step: str) -> None:
+            self.broken = step
+
+        async def _workers(self, method: str, *args: Any) -> list[Any]:
+            answer = await super()._workers(method, *args)
+            if method == self.broken:  # after its work: what it has done must be undone
+                raise RuntimeError(f"{method} broke")
+            return answer
+
+        async def _ask(self, call: Any) -> Any:
+            answer = await super()._ask(call)
+            return False if answer is True and self.broken == "reset" else answer
+
+    return BreakableEngine
+
+
 @pytest.fixture(scope="package")
 def local_ray():
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 is too few on a busy machine
@@ -80,7 +103,6 @@ def local_ray():
 @pytest.fixture(scope="package")
 def engine(local_ray, tmp_path_factory):
     from megatron_fapo.data.tokenizer import init_tiny_model
-    from megatron_fapo.rollout.engine import RolloutEngine
     from megatron_fapo.rollout.environment import vllm_environment
 
     root = tmp_path_factory.mktemp("engine")
@@ -88,7 +110,7 @@ def engine(local_ray, tmp_path_factory):
     for seed, path in enumerate(checkpoints):
         init_tiny_model(path, seed)
     log = root / "rollout-0.log"
-    actor = local_ray.remote(RolloutEngine).options(num_cpus=0, runtime_env={"env_vars": vllm_environment("cpu")})
+    actor = local_ray.remote(make_breakable()).options(num_cpus=0, runtime_env={"env_vars": vllm_environment("cpu")})
     handle = actor.remote(
         str(checkpoints[0]), RolloutConfig(), device="cpu", dtype="float32", max_model_len=MAX_MODEL_LEN,
         seed=11, log_path=str(log),

@@ -16,17 +16,23 @@ from megatron_fapo.policy.group import PolicyDiedError, PolicyGroup
 from megatron_fapo.training.cluster import Cluster, make_policy
 from tests.rollout.conftest import Engine, make_prompts, run
 
-LAYOUTS = {"TP1xPP1": (1, 1), "TP2xPP1": (2, 1), "TP1xPP2": (1, 2), "TP2xPP2": (2, 2)}
+LAYOUTS: dict[str, dict[str, int]] = {
+    "alone": {},
+    "TP2": {"tensor": 2},
+    "PP2xVPP2": {"pipeline": 2, "virtual_pipeline": 2},
+    "TP2xPP2": {"tensor": 2, "pipeline": 2},
+    "DP2": {"data": 2},
+}
 
 
-def _config(engine: Engine, run_dir: Path, tensor: int, pipeline: int) -> Config:
+def _config(engine: Engine, run_dir: Path, parallel: dict[str, int]) -> Config:
     return Config.model_validate(
         {
             "run_dir": str(run_dir),
             "device": "cpu",
             "policy": {
                 "model_path": str(engine.checkpoints[1]),
-                "parallel": {"tensor": tensor, "pipeline": pipeline},
+                "parallel": parallel,
                 "optimizer": {"lr": 1e-2, "warmup_steps": 0},
             },
         }
@@ -45,7 +51,7 @@ async def _train_and_refit(engine: Engine, policy: PolicyGroup, config: Config, 
 @pytest.mark.parametrize("layout", [*LAYOUTS])
 def test_the_engine_holds_what_the_policy_exports(engine: Engine, tmp_path: Path, layout: str) -> None:
     """And at last a rank fails: the others, which wait for it, are not waited for."""
-    config = _config(engine, tmp_path, *LAYOUTS[layout])
+    config = _config(engine, tmp_path, LAYOUTS[layout])
     policy = make_policy(config, "cpu")
 
     async def scenario() -> tuple[dict[str, float], list[Any], list[list[float]]]:

@@ -1,56 +1,120 @@
-"""Refits of a real vLLM engine from another process: whole, proven, and never half served."""
+"""Refits of a real vLLM engine from other processes: whole, proven, and never half served."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_fapo.config.weight_sync import WeightSyncConfig
+from megatron_fapo.training.refit import Refits
 from megatron_fapo.weight_sync.protocol import RefitError, StaleEngineError
 from tests.rollout.conftest import make_prompts, run
 from tests.rollout.test_engine import reference_logprobs
 
 
 class Rank:
-    """A policy rank as far as a refit sees it: another process that has tensors."""
+    """A policy rank as far as a refit sees it: a process that holds some tensors of a checkpoint, as they are there."""
 
     def __init__(self):
-        from megatron_fapo.weight_sync.sender import WeightSender
+        from megatron_fapo.weight_sync.source import WeightSource
 
-        self.sender = WeightSender(bucket_mb=1)
+        self.tensors = {}
+        self.source = WeightSource(lambda: self.tensors, torch.device("cpu"))
+        self.damage = None
 
-    def open(self, checkpoint, stage=0, stages=1, verify=True, leave_out=(), damage=None):
-        from dataclasses import replace
-
+    def hold(self, checkpoint, rank, ranks, leave_out=None, damage=None):
         tensors = load_file(checkpoint / "model.safetensors")
-        # The worst order: what vLLM fuses into one tensor comes in different buckets, far apart.
+        # The worst order: what vLLM fuses into one tensor comes from different ranks, in rounds far apart.
         names = sorted(tensors, key=lambda name: name.split(".")[-2:])
-        chosen = {name: tensors[name] for name in names[stage::stages] if name not in leave_out}
+        self.tensors = {name: tensors[name] for name in names[rank::ranks] if name != leave_out}
         if damage == "unknown":
-            chosen["model.layers.9.mlp.up_proj.weight"] = torch.zeros(4, 4)
+            self.tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(4, 4)
         if damage == "shape":
-            chosen["model.norm.weight"] = torch.zeros(64)
-        self.sender.open(chosen.items(), owner=True, verify=verify)
-        self.alter = lambda bucket: bucket
-        if damage == "bytes":
-            self.alter = self._damage_bytes
-        if damage == "gone":
-            self.alter = lambda bucket: self.sender.close() or bucket
-        if damage == "short":
-            self.alter = lambda bucket: replace(bucket, nbytes=bucket.nbytes + 4096)
-        if damage == "host":
-            self.alter = lambda bucket: replace(bucket, host="elsewhere")
+            self.tensors["model.norm.weight"] = torch.zeros(64)
+        self.damage = damage
 
-    def _damage_bytes(self, bucket):
-        self.sender._buffers[self.sender._turn].data[bucket.entries[-1].offset + 3] ^= 1
-        return bucket
+    def source_index(self):
+        from tests.weight_sync.plain import whole
 
-    def next(self):
-        bucket = self.sender.next()
-        return bucket and self.alter(bucket)
+        return whole(self.tensors).to_json()
 
-    def close(self):
-        self.sender.close()
+    def take_share(self, share):
+        from megatron_fapo.weight_sync.share import Share
+
+        return self.source.take(Share.from_json(share))
+
+    def open_group(self, address):
+        self.meeting = torch.distributed.TCPStore(address, 0, is_master=True, wait_for_workers=False)
+        return address, self.meeting.port
+
+    def weights(self, what, *args):
+        if what == "exchange" and self.damage == "die":
+            import os
+
+            os._exit(1)
+        answer = getattr(self.source, what)(*args)
+        if what == "expose":
+            return self._damaged(answer)
+        if what == "sums" and self.damage == "drift":
+            return [(part, copy, one + 1, two) for part, copy, one, two in answer]
+        return answer
+
+    def _damaged(self, wire):
+        from megatron_fapo.weight_sync.mapped import Exposure
+
+        exposure = Exposure.from_wire(wire)
+        (memory,) = exposure.memories
+        if self.damage == "bytes":
+            self.source._exposer._mirrors[self.source._exposer._turn]._data[3] ^= 1
+        if self.damage == "gone":
+            self.source._exposer.close()
+        if self.damage == "short":
+            exposure = replace(exposure, memories=((*memory[:-1], memory[-1] + 4096),))
+        if self.damage == "host":
+            exposure = replace(exposure, host="elsewhere")
+        if self.damage == "nothing":
+            exposure = replace(exposure, tensors={})
+        return exposure.to_wire()
+
+
+class Ranks:
+    """Some of them, with what `Refits` asks of the policy."""
+
+    def __init__(self, handles: Sequence[Any]) -> None:
+        self.handles = handles
+
+    async def _all(self, what: str, *args: Any, of: Sequence[int] | None = None) -> list[Any]:
+        import asyncio
+
+        handles = self.handles if of is None else [self.handles[i] for i in of]
+        return await asyncio.gather(*(getattr(handle, what).remote(*args) for handle in handles))
+
+    places = property(lambda self: [("", "")] * len(self.handles))
+
+    async def source_indexes(self) -> list[str]:
+        return await self._all("source_index")
+
+    async def take_shares(self, shares: Sequence[str]) -> list[int]:
+        return [(await self._all("take_share", share, of=[i]))[0] for i, share in enumerate(shares)]
+
+    async def open_group(self, rank: int) -> Any:
+        return (await self._all("open_group", "127.0.0.1", of=[rank]))[0]
+
+    async def weights(self, what: str, ranks: Sequence[int], *args: Any) -> list[Any]:
+        import ray.exceptions
+
+        try:
+            return await self._all("weights", what, *args, of=ranks)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from None
+
+    async def join(self, ranks: Sequence[int], store: Any, members: Any, timeout_s: float) -> None:
+        await self.weights("join", ranks, store, members, "127.0.0.1", timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +126,18 @@ def ranks(local_ray):
         local_ray.kill(handle)
 
 
-def refit(engine, ranks, which, version, **options):
-    """Put one of the two checkpoints into the engine, each rank sending its stage."""
+def refit(engine, ranks, which, version, *, refits=None, config=None, **options):
+    """Put one of the two checkpoints into the engine, each rank giving its share."""
     import ray
 
-    stages = len(ranks)
     checkpoint = engine.checkpoints[which]
-    ray.get([rank.open.remote(checkpoint, stage, stages, **options) for stage, rank in enumerate(ranks)])
-    return run(engine.pool.refit([lambda rank=rank: rank.next.remote() for rank in ranks], version, timeout_s=60))
+    given = [options if i == len(ranks) - 1 else {} for i in range(len(ranks))]  # the last one does what is wrong
+    ray.get([rank.hold.remote(checkpoint, i, len(ranks), **given[i]) for i, rank in enumerate(ranks)])
+    if refits is None:
+        refits = Refits(
+            Ranks(ranks), engine.pool, WeightSyncConfig(**{"bucket_mb": 1, "timeout_s": 60} | (config or {}))
+        )
+    return run(refits.refit(version))
 
 
 @pytest.fixture
@@ -92,10 +160,12 @@ async def _export(engine, path):
 def test_refit_serves_exactly_the_other_checkpoint(engine, ranks, tmp_path):
     metrics = refit(engine, ranks[:1], 1, 7)
     assert run(engine.pool.versions()) == [7]
-    assert metrics["weight_sync/buckets"] > 1, "the test means to cross bucket borders within layers"
-    assert metrics["weight_sync/bytes"] == sum(
-        t.nbytes for t in load_file(engine.checkpoints[1] / "model.safetensors").values()
+    assert (
+        metrics["weight_sync/bytes"]
+        == metrics["weight_sync/node_bytes"]
+        == sum(t.nbytes for t in load_file(engine.checkpoints[1] / "model.safetensors").values())
     )
+    assert metrics["weight_sync/bytes"] > 2**20, "the test means to need several rounds"
     assert metrics["weight_sync/total_s"] > metrics["weight_sync/load_s"] > 0
     held, sent = exported(engine, tmp_path / "held"), load_file(engine.checkpoints[1] / "model.safetensors")
     assert held.keys() == sent.keys()
@@ -115,8 +185,9 @@ def test_refitted_engine_equals_one_that_loaded_the_checkpoint(engine, ranks):
 
 
 @pytest.mark.usefixtures("first_again")
-def test_two_stages_send_side_by_side(engine, ranks, tmp_path):
-    refit(engine, ranks, 1, 3)
+@pytest.mark.parametrize("link", ["map", "message"])
+def test_two_ranks_give_side_by_side(engine, ranks, tmp_path, link):
+    refit(engine, ranks, 1, 3, config={"node_link": link})
     held, sent = exported(engine, tmp_path / "held"), load_file(engine.checkpoints[1] / "model.safetensors")
     assert all(torch.equal(held[name], sent[name]) for name in sent)
 
@@ -127,25 +198,73 @@ MISSING = "model.layers.2.self_attn.k_proj.weight"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"leave_out": (MISSING,)}, f"1 of 47 tensors were never sent: {MISSING}"),
-        ({"damage": "unknown"}, "model.layers.9.mlp.up_proj.weight is not in the engine's checkpoint"),
-        ({"damage": "shape"}, "model.norm.weight has shape"),
-        ({"damage": "bytes"}, "arrived with other bytes than were sent"),
-        ({"damage": "gone"}, "has its policy rank ended|was given back before"),
-        ({"damage": "short"}, "bytes where its manifest says"),
-        ({"damage": "host"}, "another node"),
+        ({"leave_out": MISSING}, f"no source holds {MISSING}"),
+        ({"damage": "unknown"}, r"no target wants model\.layers\.9\.mlp\.up_proj\.weight"),
+        ({"damage": "shape"}, r"model\.norm\.weight has shape \(64,\) in sources"),
     ],
-    ids=["missing", "unknown", "shape", "bytes", "gone", "short", "host"],
+    ids=["missing", "unknown", "shape"],
 )
-def test_failed_refit_leaves_the_engine_stale_and_a_retry_works(engine, ranks, options, message):
+def test_another_model_is_refused_and_the_engine_goes_on_serving(engine, ranks, options, message):
     with pytest.raises(RefitError, match=message):
         refit(engine, ranks[:1], 1, 5, **options)
+    assert run(engine.pool.versions()) == [0]
+
+
+def stale(engine):
     with pytest.raises(StaleEngineError, match="stale"):
         run(engine.pool.versions())
     with pytest.raises(StaleEngineError, match="serves nothing"):
         engine.generate(make_prompts(1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("bytes", "arrived at worker 0 with other bytes than were given"),
+        ("drift", "arrived at worker 0 with other bytes than were given"),
+        ("gone", "has its policy rank ended|was given back before"),
+        ("short", "bytes where .* were announced"),
+        ("host", "another node"),
+        ("nothing", r"tensors are not complete: model\.embed_tokens\.weight"),
+    ],
+)
+def test_failed_refit_leaves_the_engine_stale_and_a_retry_works(engine, ranks, damage, message):
+    refits = Refits(Ranks(ranks[:1]), engine.pool, WeightSyncConfig(timeout_s=60))
+    with pytest.raises(RefitError, match=message):
+        refit(engine, ranks[:1], 1, 5, refits=refits, damage=damage)
+    stale(engine)
+    refit(engine, ranks[:1], 0, 0, refits=refits)  # by the same plan
+    assert engine.standard_run() == engine.first_run
+
+
+@pytest.mark.parametrize("step", ["refit_begin", "refit_pull", "refit_exchange", "refit_finish", "reset"])
+def test_whatever_breaks_in_the_engine_it_is_stale_and_a_retry_works(engine, ranks, step):
+    link = "message" if step == "refit_exchange" else "map"
+    refits = Refits(Ranks(ranks[:1]), engine.pool, WeightSyncConfig(timeout_s=60, node_link=link))
+    run(_ask(engine, "break_at", step))
+    with pytest.raises(RefitError, match=r"broke|prefix cache could not be reset"):
+        refit(engine, ranks[:1], 1, 5, refits=refits)
+    run(_ask(engine, "break_at", ""))
+    stale(engine)
+    refit(engine, ranks[:1], 0, 0, refits=refits)
+    assert engine.standard_run() == engine.first_run
+
+
+def test_a_rank_that_dies_while_it_sends_is_not_waited_for(engine, ranks, local_ray):
+    import time
+
+    victim = local_ray.remote(Rank).options(num_cpus=0).remote()
+    began = time.monotonic()
+    with pytest.raises(local_ray.exceptions.RayActorError):
+        refit(engine, [ranks[0], victim], 1, 5, config={"node_link": "message"}, damage="die")
+    assert time.monotonic() - began < 30, "the time-out was waited for"
+    stale(engine)
     refit(engine, ranks[:1], 0, 0)
     assert engine.standard_run() == engine.first_run
+
+
+async def _ask(engine, method, *args):
+    return await getattr(engine.handle, method).remote(*args)
 
 
 def test_no_refit_under_samples_in_flight(engine, ranks):
@@ -154,9 +273,9 @@ def test_no_refit_under_samples_in_flight(engine, ranks):
 
         stream = engine.stream(make_prompts(8), n=4, max_tokens=300)
         await anext(stream)
-        ray.get(ranks[0].open.remote(engine.checkpoints[0]))
+        ray.get(ranks[0].hold.remote(engine.checkpoints[0], 0, 1))
         with pytest.raises(RefitError, match="in flight"):
-            await engine.pool.refit([lambda: ranks[0].next.remote()], 2, timeout_s=60)
+            await Refits(Ranks(ranks[:1]), engine.pool, WeightSyncConfig()).refit(2)
         rest = [sample async for sample in stream]
         assert len(rest) == 31
         assert await engine.pool.versions() == [0]
