@@ -10,6 +10,6 @@ from tests.weight_sync.vllm_ranks import VllmRanks
 @pytest.fixture(scope="package")
 def vllm_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmRanks]:
     """Shared: importing vLLM is the dear part."""
-    ranks = VllmRanks(tmp_path_factory.mktemp("rendezvous") / "file")
+    ranks = VllmRanks(tmp_path_factory.mktemp("rendezvous"))
     yield ranks
     ranks.close()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -75,8 +76,8 @@ class Case:
             json.dumps(
                 json.loads(path.read_text())
                 | {
-                    "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS,
-                    "head_dim": self.head_dim,                    "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads, "layer_types": None,
+                    "hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "layer_types": None,
+                    "head_dim": self.head_dim, "num_attention_heads": HEADS, "num_key_value_heads": self.kv_heads,
                     "num_experts": EXPERTS, "moe_intermediate_size": EXPERT_FFN,
                 }
             )
@@ -145,19 +146,28 @@ def refit(landing: Landing, tensors: Mapping[str, torch.Tensor], leave_out: str 
 
 
 class VllmRanks:
-    """Two processes with vLLM; they start when first used."""
+    """Two processes with vLLM; they start when first used, and again after a failure."""
 
-    def __init__(self, rendezvous: Path):
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.weight_sync.vllm_preload"])
-        self._pools = [
-            ProcessPoolExecutor(1, context, initializer=_start, initargs=(rank, str(rendezvous))) for rank in range(2)
-        ]
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._pools: list[ProcessPoolExecutor] = []
 
     def run[T](self, function: Callable[..., T], *args: Any) -> list[T]:
         """The function's results on both ranks: setting up parallelism takes both, whatever its degree."""
-        return [future.result(240) for future in [pool.submit(function, *args) for pool in self._pools]]
+        if not self._pools:
+            context = get_context("forkserver")
+            context.set_forkserver_preload(["tests.weight_sync.vllm_preload"])
+            rendezvous = str(self._directory / str(uuid4()))
+            self._pools = [ProcessPoolExecutor(1, context, _start, (rank, rendezvous)) for rank in range(2)]
+        futures = [pool.submit(function, *args) for pool in self._pools]
+        done, _ = wait(futures, 240, FIRST_EXCEPTION)
+        if any(future.exception() for future in done) or len(done) < len(futures):
+            self.close()  # the other rank may wait for the failed one for ever
+        return [future.result(0) for future in sorted(futures, key=lambda future: future not in done)]
 
     def close(self) -> None:
         for pool in self._pools:
+            for process in list(pool._processes.values()):
+                process.kill()
             pool.shutdown(cancel_futures=True)
+        self._pools = []
