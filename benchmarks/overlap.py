@@ -202,7 +202,7 @@ def simulated(planner: Planner, samples: list[SimSample], servers: int, *, after
 def rest_s(planner: Planner, samples: list[SimSample]) -> float:
     """The phases of the policy and the refit."""
     policy = planner.work.times(samples)
-    return policy.logprobs_s + policy.train_s + planner.work.refit_s(planner.engine_nodes)
+    return policy.logprobs_s + policy.train_s + planner.refit_s
 
 
 def row(

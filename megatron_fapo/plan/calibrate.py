@@ -65,7 +65,7 @@ def fit(planner: Planner, records: Sequence[Record], source: str) -> Planner:
         planner, ("train_mfu",), lambda at: sum(at.work.times(each).train_s for each in samples), measured("train")
     )
     refit = measured("refit") / len(records)
-    return solve(planner, ("host_gbs", "store_gbs"), lambda at: at.work.refit_s(at.engine_nodes), refit)
+    return solve(planner, ("refit_s",), lambda at: at.refit_s, refit)
 
 
 def calibrate(planner: Planner, path: Path) -> Planner:

@@ -29,7 +29,7 @@ _REMEDIES = {
     "score_tail": "GenRM servers judge after the last token: give them more GPUs, or shorten critiques",
     "logprobs": "the policy takes log-probabilities: give it more GPUs or a layout with fewer tensor ranks",
     "train": "the policy updates: give it more GPUs, a layout with fewer tensor ranks, or less recomputation",
-    "refit": "weights travel to the engines: use fewer engine nodes",
+    "refit": "new weights travel to the engines: give each node of engines more GPUs, whose NICs share them",
 }
 
 

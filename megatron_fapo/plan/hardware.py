@@ -36,13 +36,9 @@ class Rates:
     memory_gbs: float
     """GB/s of device memory."""
     link_gbs: float
-    """GB/s between GPUs of a node, in collectives, each way."""
+    """GB/s between GPUs of a node, in collectives and refits, each way."""
     network_gbs: float
-    """GB/s of a GPU to another node, in collectives."""
-    host_gbs: float
-    """GB/s of weights from policy to engines of one node, through shared memory, packing and loading included."""
-    store_gbs: float
-    """GB/s of weights to another node, through the object store."""
+    """GB/s of a GPU to another node, likewise."""
     decode_base_s: float
     """Seconds of an engine's decoding step beside reading weights and KV: launches, scheduling."""
     decode_sequence_s: float
@@ -56,13 +52,13 @@ class Rates:
     update_s: float
     """Seconds of an optimizer update beside its GPU work: dealing samples, launches."""
     refit_s: float
-    """Seconds of a refit beside its transfers: pausing, finishing, cache reset."""
+    """Seconds of a refit beside its transfers: pausing, post-load steps, checks, cache reset."""
 
 
 _H100 = Rates(
     memory_gib=79.0, context_gib=3.6, peak_tflops=989.0, train_mfu=0.72, forward_mfu=0.72, logit_train_s=70e-12,
     logit_forward_s=33e-12, memory_gbs=3350.0, link_gbs=340.0, network_gbs=45.0,
-    host_gbs=4.0, store_gbs=2.0, decode_base_s=0.004, decode_sequence_s=35e-6, judge_factor=1.0, prefill_mfu=0.4,
+    decode_base_s=0.004, decode_sequence_s=35e-6, judge_factor=1.0, prefill_mfu=0.4,
     rule_s=0.0025, update_s=0.22, refit_s=0.5,
 )  # fmt: skip
 KINDS: dict[str, Rates] = {
@@ -74,7 +70,7 @@ KINDS: dict[str, Rates] = {
     ),
     "cpu": Rates(
         memory_gib=8.0, context_gib=0.5, peak_tflops=0.1, train_mfu=0.3, forward_mfu=0.3, logit_train_s=0.0,
-        logit_forward_s=0.0, memory_gbs=10.0, link_gbs=1.0, network_gbs=1.0, host_gbs=1.0, store_gbs=1.0,
+        logit_forward_s=0.0, memory_gbs=10.0, link_gbs=1.0, network_gbs=1.0,
         decode_base_s=0.005,
         decode_sequence_s=63e-6, judge_factor=1.0, prefill_mfu=0.3, rule_s=0.0025, update_s=0.02, refit_s=0.05,
     ),
@@ -92,8 +88,6 @@ SOURCES: dict[str, str] = {
     "memory_gbs": _SHEET,
     "link_gbs": "assumed: three quarters of NVLink's data sheet",
     "network_gbs": "assumed: nine tenths of 400 (A100: 200) Gbit/s",
-    "host_gbs": "assumed, after 988 MB in 0.22 s on one H100 (benchmarks/results/one_gpu_qwen2.5_coder_0.5b.json)",
-    "store_gbs": _GUESS,
     "decode_base_s": _GUESS,
     "decode_sequence_s": _GUESS,
     "judge_factor": _GUESS,

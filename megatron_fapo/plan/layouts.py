@@ -109,22 +109,24 @@ class Planner:
             return error
 
     @property
-    def engine_nodes(self) -> float:
-        """Copies of the weights that cross the network: one to each node with engines that is not the sender's own.
-        Each pipeline stage sends its part."""
+    def refit_s(self) -> float:
+        """Seconds of a refit between processes as they are placed."""
         assert isinstance(self.placement, Placement)
-        p, there = self.config.policy.parallel, {node.id for node in self.placement.engines}
-        senders = [self.placement.policy[stage * p.tensor * p.context * p.data].id for stage in range(p.pipeline)]
-        return sum(len(there - {sender}) for sender in senders) / p.pipeline
+        ranks, engines = ([node.id for node in nodes] for nodes in (self.placement.policy, self.placement.engines))
+        return self.work.refit_s(ranks, engines, shared=self.share_cards)
+
+    @property
+    def share_cards(self) -> bool:
+        """Whether engines are on the policy's own cards."""
+        c = self.config
+        return c.rollout.colocated or (c.gpu_share < 1 and max(self.gpus.values()) == 1)
 
     @cached_property
     def policy(self) -> PolicyMemory:
-        c = self.config
-        alone = (c.gpu_share < 1 and max(self.gpus.values()) == 1) or c.rollout.colocated
         context = int(self.hardware.rates.context_gib * GIB)
         return policy_memory(
             self.config, self.shape, element=self.element, fused=not self.hardware.is_cpu, context=context,
-            transport="cuda_ipc" if alone and not self.hardware.is_cpu else "shm",
+            alone=self.share_cards and max(self.gpus.values()) == 1,
         )  # fmt: skip
 
     @cached_property
@@ -198,9 +200,9 @@ class Planner:
                 )
         elif c.rollout.colocated:
             # Of an engine that sleeps its process stays; for a refit its weights are awake, for a rollout all of it.
-            asleep = int(self.hardware.rates.context_gib * GIB)
+            asleep, bucket = int(self.hardware.rates.context_gib * GIB), c.weight_sync.bucket_mb * 2**20
             awake = {
-                "refit": self.engine.parts["weights"] + asleep,
+                "refit": self.engine.parts["weights"] + 2 * bucket + asleep,  # one arrives, one is unpacked
                 "rollout": int(c.rollout.gpu_memory_utilization * memory),
             }
             found += [
@@ -272,8 +274,7 @@ class Planner:
     def joined(self, rollout: Rollout, times: PolicyTimes) -> Step:
         """A step of a rollout and what the policy does after it."""
         seconds = (rollout.generation_s, rollout.tail_s, times.logprobs_s, times.train_s)
-        refit_s = self.work.refit_s(self.engine_nodes)
-        return Step(dict(zip(PHASES, (*seconds, refit_s), strict=True)), rollout, times.mfu)
+        return Step(dict(zip(PHASES, (*seconds, self.refit_s), strict=True)), rollout, times.mfu)
 
     def drawn(self, seed: int = SEED) -> list[SimSample]:
         count = self.config.training.prompts_per_step * self.config.rollout.samples_per_prompt

@@ -1,7 +1,7 @@
 """Bytes of one policy rank, by phase and category; of an engine and of a GenRM server. Pure arithmetic.
 
 It counts what `policy/` does: mcore's DDP buffers and distributed optimizer, packs without padding, log-probabilities
-of `policy/vocab_parallel.py` in blocks, the gathers of a refit, the phases of `policy/memory.py`. Two sets of kernels
+of `policy/vocab_parallel.py` in blocks, the buckets of a refit, the phases of `policy/memory.py`. Two sets of kernels
 are known: `fused` (Transformer Engine) and megatron's own with `policy/attention.py`.
 `benchmarks/plan_check.py` compares all of it with real allocations; docs/sizing.md has the errors.
 
@@ -240,19 +240,18 @@ def logprob_working(shape: ModelShape, cfg: PolicyConfig, stage: int, pack: Pack
     return {"activations": body, "logits": 0}
 
 
-def refit_working(shape: ModelShape, parallel: ParallelConfig, element: int, bucket_mb: int, transport: str) -> int:
-    """One bucket of full tensors and the gather of the next; with `cuda_ipc` also the two buffers that engines read."""
-    ffn = shape.experts.ffn if shape.experts else shape.ffn
-    largest = max(shape.vocab, 2 * ffn) * shape.hidden * element
-    if parallel.tensor == 1:
-        gathered = 2 * ffn * shape.hidden * element  # split fused tensors, copied
-    else:
-        gathered = max(bucket_mb * 2**20, largest) + 2 * largest
-    return gathered + (2 * max(bucket_mb * 2**20, largest) if transport == "cuda_ipc" else 0)
+def refit_working(bucket_mb: int, weights: int, *, alone: bool, mirrored: bool) -> int:
+    """Packed chunks on their way to other cards, and on CPUs two mirrors that engines map.
+
+    Args:
+        weights: bytes of the rank's own; no bucket has more.
+        alone: policy and engine are one process each, on one card, where the weights themselves are mapped.
+    """
+    return (2 * mirrored + (not alone)) * min(bucket_mb * 2**20, weights)
 
 
 def policy_memory(
-    config: Config, shape: ModelShape, *, element: int, fused: bool, context: int, transport: str = "shm"
+    config: Config, shape: ModelShape, *, element: int, fused: bool, context: int, alone: bool = False
 ) -> PolicyMemory:
     """The fullest rank of a policy, for micro-batches as full as the configuration lets them become.
 
@@ -260,7 +259,7 @@ def policy_memory(
         element: bytes of a weight, 2 or 4.
         fused: Transformer Engine kernels, else megatron's own.
         context: bytes of the CUDA context, libraries and communicators, outside PyTorch's allocator.
-        transport: of the refit (weight_sync.protocol.choose_transport).
+        alone: of the refit, see `refit_working`.
     """
     cfg, parallel = config.policy, config.policy.parallel
     longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
@@ -280,7 +279,11 @@ def policy_memory(
             | {"batch": BATCH_BYTES * train.tokens},
             "logprobs": logprob_working(shape, cfg, stage, scoring, element, fused)
             | {"batch": BATCH_BYTES * scoring.tokens},
-            "refit": {"gathered": refit_working(shape, parallel, element, config.weight_sync.bucket_mb, transport)},
+            "refit": {
+                "buckets": refit_working(
+                    config.weight_sync.bucket_mb, state["weights"], alone=alone, mirrored=not fused
+                )
+            },
             "rollout": {},
         }
         if config.algorithm.kl_coef > 0:

@@ -7,6 +7,7 @@ pipeline's bubble is its longest micro-batch times the stages before it, divided
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,9 +105,27 @@ class PolicyWork:
         touched = (8 * self.elements + 32 * self.share) / (self.rates.memory_gbs * 1e9)
         return exchanged + touched + self.rates.update_s
 
-    def refit_s(self, other_nodes: float) -> float:
-        """New weights to the engines: through shared memory on a node, and one copy to each other node."""
+    def refit_s(self, ranks: Sequence[str], engines: Sequence[str], *, shared: bool) -> float:
+        """New weights to the engines, as `weight_sync/plan.py` has them go: what the node's own ranks hold over its
+        links, the rest over the network once for each node, through the NICs of all its workers.
+
+        Args:
+            ranks, engines: the node of each policy rank and of each engine.
+            shared: whether an engine's worker is on the card of a policy rank.
+        """
+        parallel, rates, workers = self.parallel, self.rates, self.config.rollout.tensor_parallel
         size = self.shape.parameters * self.element
-        return (
-            self.rates.refit_s + size / (self.rates.host_gbs * 1e9) + size * other_nodes / (self.rates.store_gbs * 1e9)
-        )
+        stages: dict[str, set[int]] = {}
+        for rank, node in enumerate(ranks):
+            stages.setdefault(node, set()).add(rank * parallel.pipeline // len(ranks))
+        # Of each worker from the rank on its card, if the two have slices of one another.
+        aligned = shared and (parallel.tensor in (1, workers) or workers == 1)
+        local = aligned * size / max(parallel.tensor, workers) / parallel.pipeline
+        seconds = 0.0
+        for node, count in Counter(engines).items():
+            away = size * (1 - len(stages.get(node, ())) / parallel.pipeline)
+            far = max(away / (count * workers), away / len(ranks))  # or all leave the ranks once
+            near = size / workers - local - away / (count * workers)
+            sent = max(near / rates.link_gbs, far / rates.network_gbs)
+            seconds = max(seconds, (2 * local / rates.memory_gbs + sent) / 1e9)
+        return rates.refit_s + seconds

@@ -33,13 +33,13 @@ def test_known_rates_are_found_again() -> None:
     planner = tiny_planner()
     rates = dataclasses.replace(
         planner.hardware.rates, decode_base_s=0.02, decode_sequence_s=0.000252, judge_factor=3.0, train_mfu=0.1,
-        forward_mfu=0.2, host_gbs=0.5, store_gbs=0.5,
+        forward_mfu=0.2, refit_s=0.5,
     )  # fmt: skip
     truth = dataclasses.replace(planner, hardware=dataclasses.replace(planner.hardware, rates=rates))
     samples = [truth.drawn(seed) for seed in range(4)]
     records = [Record(truth.step(each).phases, each) for each in samples]
     found = fit(planner, records, "run").hardware.rates
-    for name in ("decode_base_s", "decode_sequence_s", "judge_factor", "train_mfu", "forward_mfu", "host_gbs"):
+    for name in ("decode_base_s", "decode_sequence_s", "judge_factor", "train_mfu", "forward_mfu", "refit_s"):
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=0.02), name
 
 

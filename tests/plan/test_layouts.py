@@ -62,14 +62,15 @@ def test_the_fastest_as_overrides_is_the_same_plan() -> None:
 
 def test_a_plan_places_processes_as_a_run_does() -> None:
     planner = make_planner("fapo_7b.yaml", "4x8xH100")
-    assert planner.engine_nodes == 1  # the engines' one node is not the policy's
+    # One copy to the engines' one node, which is not the policy's, through eight NICs; on a node over NVLink.
+    assert planner.refit_s == pytest.approx(0.5 + 15.23 / 8 / 45, rel=1e-3)
     assert make_planner("fapo_7b.yaml", "4x8xH100", "cluster.rollout_nodes=2").problems() != []
     one = make_planner(
         "fapo_7b.yaml", "1x8xH100", "cluster.train_nodes=0", "cluster.rollout_nodes=0", "cluster.genrm_nodes=0",
         "policy.parallel.data=1", "rollout.replicas=2", "genrm.servers=2",
     )  # fmt: skip
     assert one.problems() == []
-    assert one.engine_nodes == 0
+    assert one.refit_s == pytest.approx(0.5 + 15.23 / 340, rel=1e-3)
     short = make_planner("fapo_7b.yaml", "2x8xH100")
     assert isinstance(short.placement, UserError)
 
@@ -135,7 +136,7 @@ def test_colocated_engines_share_the_policy_s_cards() -> None:
     planner = make_planner(*args)
     assert planner.problems() == []
     assert planner.gpus == {"train": 8, "rollout": 0, "genrm": 16}
-    assert planner.engine_nodes == 0
+    assert planner.refit_s < make_planner("fapo_7b.yaml", "4x8xH100").refit_s
     tight = make_planner(*args, "rollout.gpu_memory_utilization=0.97").problems()
     assert any("with colocated engines rollout takes" in problem for problem in tight)
 

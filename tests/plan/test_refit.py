@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_fapo.cli import main
+from megatron_fapo.plan.refit import on_nodes
+from megatron_fapo.policy.source_index import planned_indexes
+from megatron_fapo.weight_sync.plan import make_plan
+from megatron_fapo.weight_sync.predict import LinkRates, predict
+from megatron_fapo.weight_sync.targets import planned_target
+from tests.plan.conftest import make_planner
 
 LARGE = ["plan", "refit", "--model", "qwen2.5-32b"]
 
@@ -30,6 +36,37 @@ def test_a_refit_is_planned_printed_and_written(tmp_path: Path, capsys: pytest.C
     assert colocated["predicted_s"] < plan["predicted_s"]
     assert main([*LARGE, "--train", "tp=4", "--rollout", "tp=4", "--json", str(file)]) == 0
     assert json.loads(file.read_text())["limits"] == "node"  # engines on the four GPUs that the policy leaves
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "workers", "replicas", "first"),
+    [
+        (4, 1, 2, 2, 4, 8),  # engines on a node of their own
+        (2, 4, 1, 2, 12, 8),  # on three: sources cannot feed them all
+        (4, 2, 2, 4, 4, 0),  # colocated, each node a stage
+        (2, 2, 2, 4, 2, 0),  # colocated on one node
+        (4, 1, 1, 4, 1, 4),  # four cards to the other four
+    ],
+)
+def test_the_refit_of_a_step_is_that_of_the_plan(
+    tensor: int, pipeline: int, data: int, workers: int, replicas: int, first: int
+) -> None:
+    """`fapo plan` weighs dozens of layouts, and has a formula in place of their plans."""
+    planner = make_planner(
+        "fapo_7b.yaml", "4x8xH100", f"policy.parallel.tensor={tensor}", f"policy.parallel.pipeline={pipeline}",
+        f"policy.parallel.data={data}", f"rollout.tensor_parallel={workers}",
+    )  # fmt: skip
+    shape, rates = planner.shape, planner.hardware.rates
+    sources = on_nodes(planned_indexes(shape, planner.config.policy.parallel, "bfloat16"), 1, 8, 0)
+    indexes = [planned_target(shape, workers, rank, "bfloat16") for rank in range(workers)] * replicas
+    targets = on_nodes(indexes, workers, 8, first)
+    links = LinkRates(rates.memory_gbs, rates.link_gbs, rates.network_gbs)
+    plan = make_plan(sources, targets)
+    planned = predict(plan, sources, targets, links, node_messages=True, bucket_bytes=512 * 2**20)
+    nodes = [end.node for end in sources], [end.node for end in targets[::workers]]
+    short = planner.work.refit_s(*nodes, shared=first == 0) - rates.refit_s
+    # A stage with the embedding has more to send than the mean, which is what the formula knows.
+    assert 0.7 * planned.total_s < short < 1.05 * planned.total_s
 
 
 @pytest.mark.parametrize(
