@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -144,14 +144,12 @@ class Refits:
 
     async def _exchange(self) -> None:
         if self._members:
-            work = [
-                asyncio.ensure_future(self._policy.weights("exchange", self._of_policy)),
-                asyncio.ensure_future(self._rollout.refit_step("exchange", engines=self._of_engines)),
-            ]
-            await asyncio.wait(work, return_when=asyncio.FIRST_EXCEPTION)
-            if any(task.done() and task.exception() for task in work):
-                await self._abandon()  # else those that wait for who failed would wait until the time-out
-            await _together(*work)
+            # Without being told, those that wait for who failed would wait until the time-out.
+            await _together(
+                self._policy.weights("exchange", self._of_policy),
+                self._rollout.refit_step("exchange", engines=self._of_engines),
+                on_failure=self._abandon,
+            )
 
     @property
     def _of_policy(self) -> list[int]:
@@ -182,11 +180,23 @@ class Refits:
             await asyncio.gather(asyncio.wait_for(conceal, ABANDON_S), return_exceptions=True)
 
 
-async def _together(*work: Awaitable[Any]) -> None:
-    """Everything at once. The first error is raised as itself when all have ended: those that are left hear of it from
-    their own group, and another refit must find them idle."""
-    outcomes = await asyncio.gather(*work, return_exceptions=True)
-    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+async def _together(*work: Awaitable[Any], on_failure: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Everything at once. The first error is raised when all have ended: another refit must find them idle.
+
+    Args:
+        on_failure: called at the first error.
+    """
+    errors: list[Exception] = []
+
+    async def watched(each: Awaitable[Any]) -> None:
+        try:
+            await each
+        except Exception as error:
+            errors.append(error)
+            if on_failure is not None and len(errors) == 1:
+                await on_failure()
+
+    await asyncio.gather(*map(watched, work))
     if errors:
         raise errors[0]
 
