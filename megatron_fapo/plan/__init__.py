@@ -9,6 +9,7 @@ a simulated step with its bottleneck, other layouts ranked by step time. Nothing
 - `simulate.py`: rollout, rule and judge as a discrete-event simulation.
 - `calibrate.py`: rates and lengths out of a run's records.
 - `layouts.py`: one plan, and the ranking of all legal ones; `command.py`: the verb and its output.
+- `refit.py`: `fapo plan refit`, the transfers of new weights between two layouts.
 
-All but `command.py` are pure. docs/sizing.md has the formulas and how far they are from what was measured.
+All but `command.py` and `refit.py` are pure. docs/sizing.md has the formulas and how far they are from what was measured.
 """
