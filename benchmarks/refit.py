@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.refits import floors, stack
 from benchmarks.refits.models import make_model
+from benchmarks.refits.profiles import begin_profile, end_profile
 from benchmarks.refits.reference import Native
 from benchmarks.run_table import machine
 from megatron_fapo.config.root import Config
@@ -90,6 +91,14 @@ async def measure_floors(cluster: Cluster, case: stack.Case, native: Native, mib
     rates = await floors.measure(native.ranks, native.engines, case.rollout_tensor, mib * 2**20, send=send)
     await cluster.enter("rollout")
     return {f"{kind}_gb_s": rate / 1e9 for kind, rate in rates.items()}
+
+
+async def profile(cluster: Cluster, native: Native, version: int, directory: Path) -> None:
+    """One more refit of ours, with what every worker does written into `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    await asyncio.gather(*(engine.on_workers.remote(begin_profile) for engine in native.engines))
+    await ours(cluster, version)
+    await asyncio.gather(*(e.on_workers.remote(end_profile, str(directory), i) for i, e in enumerate(native.engines)))
 
 
 async def compare_outputs(cluster: Cluster, native: Native, version: int) -> list[Any]:
@@ -150,6 +159,8 @@ async def run(args: argparse.Namespace, case: stack.Case, config: Config, backen
             rounds["reference"].append(await theirs(cluster, native, 2 * number + 3))
             rounds["ours"].append(await ours(cluster, 2 * number + 4))
             print(json.dumps({kind: rows[-1] for kind, rows in rounds.items()}), flush=True)
+        if args.profile:
+            await profile(cluster, native, 2 * args.repeats + 3, args.profile.resolve())
         generated = await compare_outputs(cluster, native, 2 * args.repeats + 4)
         agreement = await prob_error(cluster, native, args.text)
         assert cluster.refits is not None
@@ -207,6 +218,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds, after one that is not counted")
     parser.add_argument("--floor-mib", type=int, default=None, help="size of a copy; default 512, on CPUs 64")
     parser.add_argument("--generations", action="store_true", help="compare with an engine that loads an export")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="write what workers do in one more refit")
     parser.add_argument("--text", type=Path, default=ROOT / "README.md", help="real text, in paragraphs")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the configuration")
     parser.add_argument("--json", type=Path, metavar="FILE")

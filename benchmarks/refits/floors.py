@@ -32,25 +32,25 @@ class FloorPolicy(ReferencePolicy):
 
     def expose_floor(self, nbytes: int) -> dict[str, Any]:
         """Let workers map `nbytes` of this rank's device; for the wire."""
-        self._exposer = Exposer()
+        self._floor_exposer = Exposer()
         self._floor = torch.ones(nbytes, dtype=torch.uint8, device=self._up.device)
-        return self._exposer.expose({"floor": self._floor}).to_wire()
+        return self._floor_exposer.expose({"floor": self._floor}).to_wire()
 
     def conceal_floor(self) -> None:
         """Give that memory back."""
         del self._floor
-        self._exposer.conceal()
-        self._exposer.close()
+        self._floor_exposer.conceal()
+        self._floor_exposer.close()
 
     def keep_store(self) -> int:
         """Where this rank and its worker meet: a port on this node."""
-        self._meeting = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_WAIT)
-        return int(self._meeting.port)
+        self._floor_store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_WAIT)
+        return int(self._floor_store.port)
 
     def send_floor(self, workers: Sequence[int]) -> None:
         """Send to each of these workers in turn, as often as it receives."""
         for worker in workers:
-            group = _pair(PrefixStore(str(worker), self._meeting), 0, self._floor.device)
+            group = _pair(PrefixStore(str(worker), self._floor_store), 0, self._floor.device)
             for _ in range(1 + REPEATS):
                 group.send([self._floor], 1, 0).wait()
             self._settle()

@@ -57,8 +57,8 @@ def whole_model(worker: Any, stages: Sequence[Sequence[Meta]]) -> Iterator[tuple
 class ReferencePolicy(PolicyActor):
     """A policy rank that can also feed vLLM's weight transfer. Its methods are collective over all ranks."""
 
-    stages: Sequence[Sequence[Meta]] = ()
-    group: Any = None
+    native_stages: Sequence[Sequence[Meta]] = ()
+    native_group: Any = None
 
     def describe(self) -> list[Meta]:
         """Every HF tensor of the model, in the order in which it is gathered."""
@@ -66,13 +66,13 @@ class ReferencePolicy(PolicyActor):
         group = self._up.state.get_pipeline_model_parallel_group()
         stages: list[Any] = [None] * group.size()
         torch.distributed.all_gather_object(stages, found, group=group)
-        self.stages = stages
+        self.native_stages = stages
         return [meta for stage in stages for meta in stage]
 
     def gather(self) -> float:
         """Gather the whole model and drop it; seconds."""
         began = time.perf_counter()
-        for _ in whole_model(self._up, self.stages):
+        for _ in whole_model(self._up, self.native_stages):
             pass
         self._settle()
         return time.perf_counter() - began
@@ -89,11 +89,11 @@ class ReferencePolicy(PolicyActor):
         """Enter the group with vLLM's workers. Rank 0 only; returns when all workers have come."""
         from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-        self.group = NCCLWeightTransferEngine.trainer_init(where)
+        self.native_group = NCCLWeightTransferEngine.trainer_init(where)
 
     def send(self, backend: str, engines: Sequence[Any], buffer_bytes: int) -> None:
         """Gather and hand over to vLLM's trainer side, which for `ipc` also calls the engines' `update_weights`."""
-        tensors = whole_model(self._up, self.stages)
+        tensors = whole_model(self._up, self.native_stages)
         options = {"packed": True, "packed_buffer_size_bytes": buffer_bytes}
         if backend == "ipc":
             from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
@@ -103,7 +103,7 @@ class ReferencePolicy(PolicyActor):
         elif self.rank == 0:
             from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
-            NCCLWeightTransferEngine.trainer_send_weights(tensors, options | {"group": self.group})
+            NCCLWeightTransferEngine.trainer_send_weights(tensors, options | {"group": self.native_group})
         else:
             for _ in tensors:
                 pass
