@@ -125,7 +125,7 @@ class Landing:
             RefitError: the model's loader cannot be traced.
         """
         if self._index is None:
-            _refuse_own_steps(self._model)
+            _require_refittable(self._model)
             index = trace_target(self._model, self._checkpoint)
             self._form = checkpoint_form(self._model)
             self._unit_of = _units(self._form)
@@ -308,9 +308,14 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().as_subclass(Tensor)
 
 
-def _refuse_own_steps(model: nn.Module) -> None:
+def _require_refittable(model: nn.Module) -> None:
+    """
+    Raises:
+        RefitError: kernels compute with more than the parameters and what a layer's own post-load step makes of them.
+    """
     from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+    from vllm.model_executor.offloader import NoopOffloader, get_offloader
 
     known = Attention | MLAAttention | QuantizeMethodBase
     odd = {
@@ -321,3 +326,6 @@ def _refuse_own_steps(model: nn.Module) -> None:
     if odd:
         shown = some([f"{path} ({kind})" for kind, path in odd.items()])
         raise RefitError(f"layers with post-load steps of their own cannot be refitted: {shown}")
+    if not isinstance(get_offloader(), NoopOffloader):
+        # Its copies on the host would overwrite what a refit writes, at the next forward pass.
+        raise RefitError(f"vLLM offloads weights ({type(get_offloader()).__name__}): drop its offload options")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from megatron_fapo.weight_sync.landing import Landing, is_plain
 from megatron_fapo.weight_sync.protocol import RefitError
@@ -211,3 +212,33 @@ def most_staged(case: Case, path: str) -> int:
 def test_one_layer_is_staged_at_a_time(vllm_ranks: VllmRanks, tmp_path: Path) -> None:
     case = Case("qwen3_moe")
     assert vllm_ranks.run(most_staged, case, case.write(tmp_path / "model", 0))[0] == 1
+
+
+class DerivesMore(nn.Module):
+    def process_weights_after_loading(self, model: nn.Module) -> None: ...
+
+
+def hidden_copies(case: Case, path: str) -> list[str]:
+    from vllm.model_executor import offloader
+
+    model, config = build(path, 1)
+    errors = []
+
+    def try_again() -> None:
+        with pytest.raises(RefitError) as caught:
+            Landing(model, config.model_config, case.checkpoint()).begin()
+        errors.append(str(caught.value))
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(offloader.base, "_instance", offloader.UVAOffloader(0))
+        try_again()
+    model.model.layers[1].more = DerivesMore()
+    try_again()
+    return errors
+
+
+def test_models_whose_kernels_compute_with_more_are_refused(vllm_ranks: VllmRanks, tmp_path: Path) -> None:
+    case = Case("qwen2")
+    offloads, derives = vllm_ranks.run(hidden_copies, case, case.write(tmp_path / "model", 0))[0]
+    assert "vLLM offloads weights (UVAOffloader)" in offloads
+    assert "post-load steps of their own cannot be refitted: model.layers.1.more (DerivesMore)" in derives
