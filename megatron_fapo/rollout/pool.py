@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -172,6 +172,10 @@ class RolloutPool:
         addresses = [self._processes[i].node.address for i in engines]
         calls = [self._call(i, "join", store, members, a, timeout_s) for i, a in zip(engines, addresses, strict=True)]
         await asyncio.gather(*calls)
+
+    async def pull(self, exposures: Mapping[int, Sequence[tuple[int, dict[str, Any]]]]) -> None:
+        """Have engines copy what policy ranks expose to each (RolloutEngine.pull)."""
+        await asyncio.gather(*(self._call(engine, "pull", found) for engine, found in exposures.items()))
 
     async def refit_step(self, method: str, *args: Any, engines: Sequence[int] | None = None) -> list[Any]:
         """A step of a refit on all engines, or on some: a method of RolloutEngine.

@@ -22,7 +22,7 @@ from megatron_fapo.rollout.pool import ABANDON_S, RolloutPool
 from megatron_fapo.weight_sync.plan import Endpoint, Plan, make_plan
 from megatron_fapo.weight_sync.protocol import RefitError, require_equal_sums, share_to_verify
 from megatron_fapo.weight_sync.regions import Index
-from megatron_fapo.weight_sync.share import shares_of
+from megatron_fapo.weight_sync.share import is_message, shares_of
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,9 @@ class Refits:
         ]
         plan = await asyncio.to_thread(make_plan, sources, [worker for engine in workers for worker in engine])
         on_gpus = any(gpu for _, gpu in self._policy.places)
-        self._node_messages = self._config.node_link == "message" or (self._config.node_link == "auto" and on_gpus)
+        node_messages = self._config.node_link == "message" or (self._config.node_link == "auto" and on_gpus)
         bucket_bytes = self._config.bucket_mb * 2**20
-        shares, self._members = shares_of(plan, node_messages=self._node_messages, bucket_bytes=bucket_bytes)
+        shares, self._members = shares_of(plan, node_messages=node_messages, bucket_bytes=bucket_bytes)
         texts = [share.to_json() for share in shares]
         self._engine_of = [i for i, engine in enumerate(workers) for _ in engine]
         of_engines: list[list[str]] = [[] for _ in workers]
@@ -100,6 +100,11 @@ class Refits:
             self._policy.take_shares(texts[: plan.sources]), self._rollout.take_shares(of_engines)
         )
         self._givers = sorted({hop.giver for hop in plan.hops if hop.depth == 0})
+        self._maps: dict[int, set[int]] = {}
+        """Of each engine that maps memory, the policy ranks whose it maps."""
+        for hop in plan.hops:
+            if not is_message(hop, node_messages):
+                self._maps.setdefault(self._engine_of[hop.taker - plan.sources], set()).add(hop.giver)
         self._rounds = [[i for i in self._givers if number < rounds[i]] for number in range(max(rounds))]
         moved = ", ".join(f"{link} {size / 1e6:,.1f} MB" for link, size in plan.bytes_by_link().items() if size)
         log.info("refits move %s, %.3f of the minimum, in %d hops", moved, plan.bytes_over_minimum, len(plan.hops))
@@ -108,10 +113,11 @@ class Refits:
     async def _whole(self, version: int, seconds: dict[str, float]) -> None:
         share = share_to_verify(self._done, self._config.verify_every, self._config.verify_share)
         await self._join()
-        seconds["pause_s"] = max(await self._rollout.refit_step("begin_refit", version, share))
+        seconds["pause_s"] = max(await self._rollout.refit_step("begin_refit", version, share, self._config.in_flight))
         await self._policy.weights("open", self._givers, version, share)
         async with _timed(seconds, "transfer_s"):
-            await _together(self._map(seconds), self._exchange())
+            # Told at the first failure: else those that wait for who failed would wait until the time-out.
+            await _together(self._map(seconds), *self._exchange(), on_failure=self._abandon)
         async with _timed(seconds, "finish_s"):
             found = [worker for engine in await self._rollout.refit_step("finish_refit") for worker in engine]
         seconds["load_s"] = max(load_s for load_s, _ in found)
@@ -137,19 +143,19 @@ class Refits:
                 assert upcoming is not None
                 exposures = await upcoming
                 upcoming = asyncio.ensure_future(expose(number + 1)) if number + 1 < len(self._rounds) else None
-                await self._rollout.refit_step("pull", exposures)
+                mine = {e: [each for each in exposures if each[0] in givers] for e, givers in self._maps.items()}
+                await self._rollout.pull({engine: found for engine, found in mine.items() if found})
         finally:
             if upcoming is not None:
                 upcoming.cancel()
 
-    async def _exchange(self) -> None:
-        if self._members:
-            # Without being told, those that wait for who failed would wait until the time-out.
-            await _together(
-                self._policy.weights("exchange", self._of_policy),
-                self._rollout.refit_step("exchange", engines=self._of_engines),
-                on_failure=self._abandon,
-            )
+    def _exchange(self) -> list[Awaitable[Any]]:
+        if not self._members:
+            return []
+        return [
+            self._policy.weights("exchange", self._of_policy),
+            self._rollout.refit_step("exchange", engines=self._of_engines),
+        ]
 
     @property
     def _of_policy(self) -> list[int]:

@@ -71,6 +71,10 @@ class Engines(Everybody):
     async def join(self, engines: Sequence[int], *_: Any) -> None:
         self.note(f"join {[*engines]}")
 
+    async def pull(self, exposures: dict[int, list[tuple[int, Any]]]) -> None:
+        await self.refit_step("pull", engines=None)
+        self.pulled = {engine: [giver for giver, _ in found] for engine, found in exposures.items()}
+
     async def refit_step(self, method: str, *_: Any, engines: Sequence[int] | None = None) -> list[Any]:
         if method == self.fails_at == "pull":
             await asyncio.sleep(0.05)
@@ -114,6 +118,7 @@ def test_across_nodes_the_group_is_made_once_and_anew_after_a_failure() -> None:
     asyncio.run(refits.refit(4))
     assert Counter(policy.log)["open group at 0"] == Counter(policy.log)["join [0, 1]"] == 1
     assert Counter(engines.log)["join [0]"] == 1, "the engine beside the policy maps its memory"
+    assert engines.pulled == {1: [0]}, "of the second round, and no others are told of it"
     assert Counter(engines.log)["exchange [0]"] == Counter(policy.log)["exchange"] == 2
     engines.fails_at = "exchange [0]"
     with pytest.raises(RefitError, match="cannot exchange"):
