@@ -143,6 +143,11 @@ RULES = (
         "policy and engines make room for each other, and neither alone: set both or neither",
     ),
     Rule(
+        ("weight_sync.in_flight", "rollout.colocated"),
+        lambda c: c.weight_sync.in_flight and (c.rollout.colocated or judges_take_turns(c)),
+        "engines that take turns fall asleep, and samples in flight are lost: set in_flight to false",
+    ),
+    Rule(
         ("rollout.colocated", "rollout.replicas", "rollout.tensor_parallel", "policy.parallel"),
         lambda c: c.rollout.colocated and c.rollout.replicas * c.rollout.tensor_parallel > c.policy.parallel.world_size,
         "colocated engines have the GPUs of the policy's ranks, one engine on each: lower replicas or tensor_parallel",

@@ -21,4 +21,7 @@ class WeightSyncConfig(Section):
     """Of the copies of every refit, this share is proven by checksums of giver and taker, others each time."""
     verify_every: int = Field(0, ge=0)
     """Every so many refits all copies are. In the first refit of a run they always are. 0: in no other."""
+    in_flight: bool = False
+    """Engines may be refitted while they generate: samples wait, the new weights read what they said so far, and go on;
+    a sample's `later_versions` says from which token on. False: a refit is refused while samples are in flight."""
     timeout_s: float = Field(600.0, gt=0)

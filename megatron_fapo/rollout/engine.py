@@ -76,7 +76,8 @@ class RolloutEngine:
         self._version = EngineVersion(-1, EngineState.STALE)
         self._checkpoint: dict[str, tuple[int, ...]] = {}
         self._admission = asyncio.Lock()
-        self._active: set[str] = set()
+        self._active: dict[str, tuple[tuple[int, int], ...]] = {}
+        """Request -> (first token, version) of each version that it comes from."""
         self._requests = 0
         self._store: tuple[str, int] | None = None
         self._paused = False
@@ -191,7 +192,6 @@ class RolloutEngine:
             StaleEngineError: a refit failed or is under way, or the engine is asleep.
             UserError: a prompt and max_tokens do not fit max_model_len.
         """
-        version = self.version()
         for prompt in prompts:
             if not 0 < len(prompt.token_ids) <= self.max_model_len - max_tokens:
                 raise UserError(
@@ -207,7 +207,7 @@ class RolloutEngine:
         waiting: dict[str, asyncio.Task[Sample]] = {}
         try:
             async with self._admission:
-                await self._admit(keys, sampling, max_tokens, version, waiting)
+                await self._admit(keys, sampling, max_tokens, waiting)
             for finished in asyncio.as_completed(list(waiting.values())):
                 yield await finished
         except Exception as error:
@@ -218,7 +218,8 @@ class RolloutEngine:
             unfinished = [request for request, task in waiting.items() if not task.done() or task.cancelled()]
             for task in waiting.values():
                 task.cancel()
-            self._active -= waiting.keys()
+            for request in waiting:
+                self._active.pop(request, None)
             if unfinished and not self._llm.errored:
                 await self._llm.abort(unfinished, internal=True)
 
@@ -227,10 +228,10 @@ class RolloutEngine:
         keys: Sequence[tuple[Prompt, SampleKey]],
         sampling: SamplingConfig,
         max_tokens: int,
-        version: int,
         waiting: dict[str, asyncio.Task[Sample]],
     ) -> None:
         """Hand all requests to the scheduler while it is paused, then let it run."""
+        version = self.version()  # no refit begins before they are in
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -251,16 +252,15 @@ class RolloutEngine:
                 self._requests += 1
                 tokens = TokensPrompt(prompt_token_ids=list(prompt.token_ids))
                 collector = await self._llm.add_request(f"sample-{self._requests}", tokens, params)
-                task = asyncio.ensure_future(self._finish(collector, prompt, key, version))
-                waiting[collector.request_id] = task
-                self._active.add(collector.request_id)
+                waiting[collector.request_id] = asyncio.ensure_future(self._finish(collector, prompt, key))
+                self._active[collector.request_id] = ((0, version),)
         finally:
             if not self._paused:
                 await self._ask(self._llm.resume_generation())
 
-    async def _finish(self, collector: Any, prompt: Prompt, key: SampleKey, version: int) -> Sample:
+    async def _finish(self, collector: Any, prompt: Prompt, key: SampleKey) -> Sample:
         output = (await collector.get()).outputs[0]
-        self._active.discard(collector.request_id)
+        (_, version), *later = self._active.pop(collector.request_id)
         if output.finish_reason not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended sample {key} with finish_reason {output.finish_reason!r}; see its log")
         token_ids, flat = tuple(output.token_ids), output.logprobs
@@ -268,7 +268,8 @@ class RolloutEngine:
         if tuple(flat.token_ids) != token_ids:
             raise RuntimeError(f"vLLM returned {len(flat.token_ids)} log-probabilities for {len(token_ids)} tokens")
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        return Sample(key, prompt, token_ids, tuple(flat.logprobs), text, output.finish_reason, version)
+        logprobs = tuple(flat.logprobs)
+        return Sample(key, prompt, token_ids, logprobs, text, output.finish_reason, version, tuple(later))
 
     async def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
         """Await a call to vLLM's core: vLLM fails the requests of a core that is killed, but not the calls that it was
@@ -339,18 +340,20 @@ class RolloutEngine:
         self._store = store
         await self._workers("refit_join", list(store), list(members), address, timeout_s)
 
-    async def begin_refit(self, version: int, share: float) -> float:
+    async def begin_refit(self, version: int, share: float, in_flight: bool = False) -> float:
         """Stop serving and make ready for new weights. Returns seconds.
 
         Args:
             share: of what arrives, whose checksums `finish_refit` returns.
+            in_flight: samples in flight wait for the new weights and go on with them.
 
         Raises:
-            RefitError: samples are in flight, or a refit is under way.
+            RefitError: samples are in flight and may not be, or a refit is under way.
         """
-        if self._active:
-            raise RefitError(f"{len(self._active)} samples are in flight: their tokens would come from two versions")
-        self._version.begin()
+        async with self._admission:
+            if self._active and not in_flight:
+                raise RefitError(f"{len(self._active)} samples are in flight: they would come from two versions")
+            self._version.begin()
 
         async def pause_and_begin() -> None:
             await self.pause()
@@ -402,13 +405,27 @@ class RolloutEngine:
         self._version.require_updating()
 
         async def reset() -> None:
-            if not await self._ask(self._llm.reset_prefix_cache()):
+            # Samples in flight lose their keys and values too: the new weights read what they said so far.
+            if not await self._ask(self._llm.reset_prefix_cache(reset_running_requests=True)):
                 raise RefitError("the prefix cache could not be reset: it would serve the old weights' keys and values")
+            await self._turn_in_flight(version)
 
         seconds = await self._refit_step(reset)
         self._version.complete(version)
         await self.resume()
         return seconds
+
+    async def _turn_in_flight(self, version: int) -> None:
+        """Note of every sample in flight the token from which on it comes from `version`. Generation is paused."""
+        # All tokens came before the answer to the pause, but vLLM takes those of one step in parts and lets others run
+        # in between: 128 of 360 samples were seen to be a token behind.
+        for _ in range((self._llm.engine_core.outputs_queue.qsize() + 1) * self.config.max_num_seqs):
+            await asyncio.sleep(0)
+        states = self._llm.output_processor.request_states
+        for request, starts in self._active.items():
+            if request in states:  # else it has ended, and its sample is about to be taken
+                tokens = states[request].detokenizer.num_output_tokens()
+                self._active[request] = (*(start for start in starts if start[0] < tokens), (tokens, version))
 
     async def abort_refit(self) -> None:
         """Give an unfinished refit up, if one has begun. The engine stays stale until a whole refit succeeds."""
