@@ -22,7 +22,8 @@ from megatron_fapo.weight_sync.protocol import RefitError
 from megatron_fapo.weight_sync.regions import Ints, View
 from megatron_fapo.weight_sync.share import Piece, Share, chunks_of, piece_of
 
-_LOOK_S = 0.5
+_LOOK_S, _POLL_S = 0.5, 1e-4
+"""How often a wait looks whether the refit was given up, and whether a GPU is done."""
 _ABORT = "abort"
 
 
@@ -54,7 +55,10 @@ class Exchange:
         if device.type == "cuda":
             nccl = torch.distributed.ProcessGroupNCCL.Options()
             nccl._timeout = wait
+            torch.cuda.empty_cache()  # NCCL takes its buffers from the driver, outside PyTorch's allocator
             self._group: Any = torch.distributed.ProcessGroupNCCL(*place, nccl)
+            # Now, while all are here: a communicator made by the first message would wait for members that have none.
+            self._group.eager_connect_single_device(device)
         else:
             gloo = torch.distributed.ProcessGroupGloo._Options()
             gloo._timeout = wait
@@ -152,7 +156,7 @@ class Exchange:
                     work.wait()
                 done = torch.cuda.Event()
                 done.record()
-                self._until(done.query)
+                self._until(done.query, lambda: time.sleep(_POLL_S))
             else:
                 waiting = _wait_aside(works)
                 self._until(waiting.done, lambda: concurrent.futures.wait((waiting,), timeout=_LOOK_S))
@@ -162,13 +166,12 @@ class Exchange:
                 raise
             raise RefitError(f"the exchange of weights broke: {error}") from error
 
-    def _until(self, done: Callable[[], bool], rest: Callable[[], Any] | None = None) -> None:
+    def _until(self, done: Callable[[], bool], rest: Callable[[], Any]) -> None:
         began = look = time.monotonic()
         while not done():
-            if rest is not None:
-                rest()
+            rest()
             now = time.monotonic()
-            if now - look > _LOOK_S or rest is not None:
+            if now - look >= _LOOK_S:
                 look = now
                 if self._aborted():
                     raise RefitError("another process gave the refit up")

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_fapo.weight_sync.mapped import viewed
 from megatron_fapo.weight_sync.protocol import RefitError
-from megatron_fapo.weight_sync.regions import Index, Ints, volume
+from megatron_fapo.weight_sync.regions import Index, Ints, View, volume
 from megatron_fapo.weight_sync.trace import (
     Checkpoint,
     CheckpointForm,
@@ -157,7 +158,7 @@ class Landing:
         """
         if tensor not in self._flat:
             self._flat[tensor] = self._memory(tensor)
-        return self._flat[tensor].as_strided(shape, stride, offset)
+        return viewed(self._flat[tensor], View(tensor, offset, stride), shape)
 
     def _memory(self, tensor: str) -> Tensor:
         if self._missing is None:
@@ -276,7 +277,7 @@ class Landing:
         held: dict[str, int] = {}
         for region in self.index().regions:
             view = region.view
-            memory = self._readable(view.tensor).as_strided(region.shape, view.stride, view.offset)
+            memory = viewed(self._readable(view.tensor), view, region.shape)
             whole = tensors.setdefault(region.name, torch.empty(self._checkpoint[region.name][0], dtype=memory.dtype))
             box = tuple(slice(first, first + n) for first, n in zip(region.start, region.shape, strict=True))
             whole[box] = memory.cpu()
