@@ -317,6 +317,14 @@ def test_copies_that_continue_each_other_are_one() -> None:
     plan = make_plan(on_nodes([index(2, 3, 4)]), on_nodes([index(4, 5)]))
     assert plan.parts[0].copies == (Copy("w", (9, 4), View("w", 0, (4, 1)), View("w", 0, (4, 1)), 9 * 4 * 4),)
 
+    swapped = index(4, 5)  # the first four rows lie after the others
+    views = [
+        dataclasses.replace(r, view=View("w", at * 4, (4, 1))) for r, at in zip(swapped.regions, (5, 0), strict=True)
+    ]
+    plan = make_plan(on_nodes([index(2, 3, 4)]), on_nodes([dataclasses.replace(swapped, regions=tuple(views))]))
+    taken = [(copy.shape[0], copy.source.offset // 4, copy.target.offset // 4) for copy in plan.parts[0].copies]
+    assert taken == [(4, 0, 5), (5, 4, 0)]
+
 
 def refused(sources: Sequence[Index], targets: Sequence[Index]) -> tuple[str, ...]:
     with pytest.raises(PlanError) as caught:

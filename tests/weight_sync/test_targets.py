@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from megatron_fapo.plan.shapes import BUILT_IN
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.weight_sync.regions import Index
 from megatron_fapo.weight_sync.targets import planned_target
@@ -36,3 +38,14 @@ def test_planned_targets_are_the_traced_ones(case: Case, workers: int, vllm_rank
         assert list(planned.tensors.items()) == list(found.tensors.items())
         assert planned.regions == found.regions
         assert planned.fills == found.fills
+
+
+def test_neighbouring_workers_have_the_same_kv_heads() -> None:
+    """Two KV heads on eight workers, as vLLM's QKVParallelLinear deals them."""
+    shape = BUILT_IN["Qwen2.5-0.5B"]
+    shape = dataclasses.replace(shape, heads=16, layers=1)
+    first = []
+    for rank in range(8):
+        regions = {region.name: region for region in planned_target(shape, 8, rank, "bfloat16").regions}
+        first.append(regions["model.layers.0.self_attn.k_proj.weight"].start[0] // shape.head_dim)
+    assert first == [0, 0, 0, 0, 1, 1, 1, 1]
