@@ -11,5 +11,6 @@ a simulated step with its bottleneck, other layouts ranked by step time. Nothing
 - `layouts.py`: one plan, and the ranking of all legal ones; `command.py`: the verb and its output.
 - `refit.py`: `fapo plan refit`, the transfers of new weights between two layouts.
 
-All but `command.py` and `refit.py` are pure. docs/sizing.md has the formulas and how far they are from what was measured.
+All but `command.py` and `refit.py` are pure. docs/sizing.md has the formulas and how far they are from what was
+measured.
 """
