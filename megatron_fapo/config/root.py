@@ -143,6 +143,12 @@ RULES = (
         "policy and engines make room for each other, and neither alone: set both or neither",
     ),
     Rule(
+        ("weight_sync.node_link", "policy.offload"),
+        lambda c: c.weight_sync.node_link == "map" and c.policy.offload,
+        "an offloaded policy can give back its cards' memory when one process maps it, not when several do: set "
+        "node_link to auto",
+    ),
+    Rule(
         ("weight_sync.in_flight", "rollout.colocated"),
         lambda c: c.weight_sync.in_flight and (c.rollout.colocated or judges_take_turns(c)),
         "engines that take turns fall asleep, and samples in flight are lost: set in_flight to false",

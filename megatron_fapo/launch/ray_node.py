@@ -116,9 +116,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             address = host if index == 0 else address_towards(host)
             process = subprocess.Popen(
                 ray_command(index, args.head, address, args.roles[index], args),
-                # Ray gives a raylet 30 s by itself, which a busy node exceeds. Workers that it starts beforehand, one per
-                # core, have not the environment of our actors and are never used. Engines and ranks are what the node
-                # is for: at Ray's niceness of 15 any process beside them, as verifiers or checks, goes first.
+                # Ray gives a raylet 30 s by itself, which a busy node exceeds. Workers that it starts beforehand, one
+                # per core, have not the environment of our actors and are never used. Engines and ranks are what the
+                # node is for: at Ray's niceness of 15 any process beside them, as verifiers or checks, goes first.
                 env={
                     "RAY_worker_niceness": "0",
                     "RAY_raylet_start_wait_time_s": "120",

@@ -371,14 +371,17 @@ class RolloutEngine:
         self._version.require_updating()
         await self._refit_step(lambda: self._workers("refit_pull", [list(each) for each in exposures]))
 
-    async def exchange(self) -> None:
+    async def exchange(self, exposures: Sequence[tuple[int, dict[str, Any]]] = ()) -> None:
         """Receive what the plan sends here, and pass on what it takes from here. Collective over the group.
+
+        Args:
+            exposures: of policy ranks that workers of this engine send for, as of `pull`.
 
         Raises:
             RefitError: no refit is under way, or a member of the group failed; the engine is then stale.
         """
         self._version.require_updating()
-        await self._refit_step(lambda: self._workers("refit_exchange"))
+        await self._refit_step(lambda: self._workers("refit_exchange", [list(each) for each in exposures]))
 
     async def finish_refit(self) -> list[tuple[float, list[tuple[int, int, int, int]]]]:
         """Let vLLM do what its kernels need, once all weights are there. Returns of every worker the seconds of that in

@@ -169,22 +169,20 @@ class RolloutPool:
         self, engines: Sequence[int], store: tuple[str, int], members: Sequence[int], timeout_s: float
     ) -> None:
         """Have engines enter the group of those that exchange weights."""
-        addresses = [self._processes[i].node.address for i in engines]
-        calls = [self._call(i, "join", store, members, a, timeout_s) for i, a in zip(engines, addresses, strict=True)]
-        await asyncio.gather(*calls)
+        addresses = {i: self._processes[i].node.address for i in engines}
+        await self.refit_each("join", {i: (store, members, addresses[i], timeout_s) for i in engines})
 
-    async def pull(self, exposures: Mapping[int, Sequence[tuple[int, dict[str, Any]]]]) -> None:
-        """Have engines copy what policy ranks expose to each (RolloutEngine.pull)."""
-        await asyncio.gather(*(self._call(engine, "pull", found) for engine, found in exposures.items()))
-
-    async def refit_step(self, method: str, *args: Any, engines: Sequence[int] | None = None) -> list[Any]:
-        """A step of a refit on all engines, or on some: a method of RolloutEngine.
+    async def refit_step(self, method: str, *args: Any) -> list[Any]:
+        """A step of a refit on all engines: a method of RolloutEngine.
 
         Raises:
             RefitError: what it raises.
         """
-        everyone = range(len(self._engines)) if engines is None else engines
-        return await asyncio.gather(*(self._call(i, method, *args) for i in everyone))
+        return await self.refit_each(method, dict.fromkeys(range(len(self._engines)), args))
+
+    async def refit_each(self, method: str, arguments: Mapping[int, Sequence[Any]]) -> list[Any]:
+        """The same on some engines, each with its own arguments."""
+        return await asyncio.gather(*(self._call(engine, method, *args) for engine, args in arguments.items()))
 
     async def abandon_refit(self) -> None:
         """Have every engine give an unfinished refit up, as far as they answer."""

@@ -119,7 +119,7 @@ class Cluster:
         assert self.rollout is not None
         await self.enter("refit")
         if self.refits is None:
-            self.refits = Refits(self.policy, self.rollout, self.config.weight_sync)
+            self.refits = Refits(self.policy, self.rollout, self.config.weight_sync, offload=self.config.policy.offload)
         metrics = await self.refits.refit(version)
         await self.enter("rollout")
         return metrics

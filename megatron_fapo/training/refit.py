@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,16 +22,24 @@ from megatron_fapo.rollout.pool import ABANDON_S, RolloutPool
 from megatron_fapo.weight_sync.plan import Endpoint, Plan, make_plan
 from megatron_fapo.weight_sync.protocol import RefitError, require_equal_sums, share_to_verify
 from megatron_fapo.weight_sync.regions import Index
-from megatron_fapo.weight_sync.share import is_message, shares_of
+from megatron_fapo.weight_sync.share import Terms, shares_of
 
 log = logging.getLogger(__name__)
+Exposures = list[tuple[int, dict[str, Any]]]
+"""Numbers of policy ranks, and what each exposes (mapped.Exposure.to_wire)."""
 
 
 class Refits:
     """All refits of a run. The plan is made at the first."""
 
-    def __init__(self, policy: PolicyGroup, rollout: RolloutPool, config: WeightSyncConfig) -> None:
-        self._policy, self._rollout, self._config = policy, rollout, config
+    def __init__(
+        self, policy: PolicyGroup, rollout: RolloutPool, config: WeightSyncConfig, *, offload: bool = False
+    ) -> None:
+        """
+        Args:
+            offload: the policy's tensors move between refits (`policy.offload`).
+        """
+        self._policy, self._rollout, self._config, self._offload = policy, rollout, config, offload
         self._plan: Plan | None = None
         self._members: list[int] = []
         self._joined = False
@@ -87,10 +95,11 @@ class Refits:
             for engine in zip(places, wanted, strict=True)
         ]
         plan = await asyncio.to_thread(make_plan, sources, [worker for engine in workers for worker in engine])
-        on_gpus = any(gpu for _, gpu in self._policy.places)
+        everywhere = [*self._policy.places, *(place for engine in places for place in engine)]
+        on_gpus = any(gpu for _, gpu in everywhere)
         node_messages = self._config.node_link == "message" or (self._config.node_link == "auto" and on_gpus)
-        bucket_bytes = self._config.bucket_mb * 2**20
-        shares, self._members = shares_of(plan, node_messages=node_messages, bucket_bytes=bucket_bytes)
+        keep = on_gpus and not self._offload
+        shares, self._members = shares_of(plan, Terms(node_messages, self._config.bucket_mb * 2**20, keep), everywhere)
         texts = [share.to_json() for share in shares]
         self._engine_of = [i for i, engine in enumerate(workers) for _ in engine]
         of_engines: list[list[str]] = [[] for _ in workers]
@@ -101,10 +110,14 @@ class Refits:
         )
         self._givers = sorted({hop.giver for hop in plan.hops if hop.depth == 0})
         self._maps: dict[int, set[int]] = {}
-        """Of each engine that maps memory, the policy ranks whose it maps."""
-        for hop in plan.hops:
-            if not is_message(hop, node_messages):
-                self._maps.setdefault(self._engine_of[hop.taker - plan.sources], set()).add(hop.giver)
+        """Of each engine that copies out of mapped memory, the policy ranks whose it is."""
+        self._sends: dict[int, set[int]] = {}
+        """Of each engine whose workers send for policy ranks, these."""
+        for engine, share in zip(self._engine_of, shares[plan.sources :], strict=True):
+            if share.mapped:
+                self._maps.setdefault(engine, set()).update(hop.giver for hop in share.mapped)
+            if share.stands_for is not None:
+                self._sends.setdefault(engine, set()).add(share.stands_for)
         self._rounds = [[i for i in self._givers if number < rounds[i]] for number in range(max(rounds))]
         moved = ", ".join(f"{link} {size / 1e6:,.1f} MB" for link, size in plan.bytes_by_link().items() if size)
         log.info("refits move %s, %.3f of the minimum, in %d hops", moved, plan.bytes_over_minimum, len(plan.hops))
@@ -117,7 +130,9 @@ class Refits:
         await self._policy.weights("open", self._givers, version, share)
         async with _timed(seconds, "transfer_s"):
             # Told at the first failure: else those that wait for who failed would wait until the time-out.
-            await _together(self._map(seconds), *self._exchange(), on_failure=self._abandon)
+            seconds["expose_s"] = 0.0
+            first = await self._expose(0, seconds) if self._rounds else []
+            await _together(self._map(first, seconds), *self._exchange(first), on_failure=self._abandon)
         async with _timed(seconds, "finish_s"):
             found = [worker for engine in await self._rollout.refit_step("finish_refit") for worker in engine]
         seconds["load_s"] = max(load_s for load_s, _ in found)
@@ -127,35 +142,31 @@ class Refits:
         await self._policy.weights("conceal", self._givers)
         seconds["reset_s"] = max(await self._rollout.refit_step("commit_refit", version))
 
-    async def _map(self, seconds: dict[str, float]) -> None:
+    async def _expose(self, number: int, seconds: dict[str, float]) -> Exposures:
+        began = time.monotonic()
+        exposures = await self._policy.weights("expose", self._rounds[number], number)
+        seconds["expose_s"] += time.monotonic() - began
+        return list(zip(self._rounds[number], exposures, strict=True))
+
+    async def _map(self, exposures: Exposures, seconds: dict[str, float]) -> None:
         """Rounds of tensors that are exposed; on CPUs the next are mirrored while engines copy these."""
-        seconds["expose_s"] = 0.0
+        for number in range(len(self._rounds)):
+            last = number + 1 == len(self._rounds)
+            upcoming = None if last else asyncio.ensure_future(self._expose(number + 1, seconds))
+            try:
+                mine = {engine: _of(exposures, givers) for engine, givers in self._maps.items()}
+                await self._rollout.refit_each("pull", {engine: (found,) for engine, found in mine.items() if found})
+            except BaseException:
+                if upcoming is not None:
+                    upcoming.cancel()
+                raise
+            exposures = [] if upcoming is None else await upcoming
 
-        async def expose(number: int) -> list[tuple[int, dict[str, Any]]]:
-            began = time.monotonic()
-            exposures = await self._policy.weights("expose", self._rounds[number], number)
-            seconds["expose_s"] += time.monotonic() - began
-            return list(zip(self._rounds[number], exposures, strict=True))
-
-        upcoming = asyncio.ensure_future(expose(0)) if self._rounds else None
-        try:
-            for number in range(len(self._rounds)):
-                assert upcoming is not None
-                exposures = await upcoming
-                upcoming = asyncio.ensure_future(expose(number + 1)) if number + 1 < len(self._rounds) else None
-                mine = {e: [each for each in exposures if each[0] in givers] for e, givers in self._maps.items()}
-                await self._rollout.pull({engine: found for engine, found in mine.items() if found})
-        finally:
-            if upcoming is not None:
-                upcoming.cancel()
-
-    def _exchange(self) -> list[Awaitable[Any]]:
+    def _exchange(self, exposures: Exposures) -> list[Awaitable[Any]]:
         if not self._members:
             return []
-        return [
-            self._policy.weights("exchange", self._of_policy),
-            self._rollout.refit_step("exchange", engines=self._of_engines),
-        ]
+        sends = {engine: (_of(exposures, self._sends.get(engine, ())),) for engine in self._of_engines}
+        return [self._policy.weights("exchange", self._of_policy), self._rollout.refit_each("exchange", sends)]
 
     @property
     def _of_policy(self) -> list[int]:
@@ -173,7 +184,7 @@ class Refits:
         """Make the group of those that exchange, unless it is there."""
         if self._joined or not self._members:
             return
-        store = await self._policy.open_group(self._of_policy[0])
+        store = await self._policy.open_group(0)
         where = (store, self._members, self._config.timeout_s)
         await _together(self._policy.join(self._of_policy, *where), self._rollout.join(self._of_engines, *where))
         self._joined = True
@@ -184,6 +195,10 @@ class Refits:
         if self._plan is not None:
             conceal = self._policy.weights("conceal", self._givers)
             await asyncio.gather(asyncio.wait_for(conceal, ABANDON_S), return_exceptions=True)
+
+
+def _of(exposures: Exposures, givers: Collection[int]) -> Exposures:
+    return [each for each in exposures if each[0] in givers]
 
 
 async def _together(*work: Awaitable[Any], on_failure: Callable[[], Awaitable[None]] | None = None) -> None:

@@ -83,7 +83,7 @@ class Exchange:
         if self._aborted():
             raise RefitError("another process gave an earlier refit up")
         hops, parts = share.messages, share.plan.parts
-        chunks = {hop.part: chunks_of(parts[hop.part], share.chunk_bytes) for hop in hops}
+        chunks = {hop.part: chunks_of(parts[hop.part], share.terms.chunk_bytes) for hop in hops}
         steps = max((hop.depth + len(chunks[hop.part]) for hop in hops), default=0)
         held: dict[int, torch.Tensor] = {}
         arrived: dict[int, tuple[int, torch.Tensor]] = {}

@@ -65,22 +65,30 @@ class Exposer:
     def __init__(self) -> None:
         self._mirrors: list[Mirror] = [Mirror(), Mirror()]
         self._turn = 0
+        self._shown: tuple[tuple[tuple[str, int], ...], Exposure] | None = None
 
     def expose(self, tensors: Mapping[str, torch.Tensor]) -> Exposure:
         """Let others map these tensors, all on one device.
 
-        On CPUs two mirrors take turns: what was exposed the last time stays valid.
+        On CPUs two mirrors take turns: what was exposed the last time stays valid. On GPUs tensors that are where they
+        were give the same exposure again, which takers may have mapped still.
 
         Raises:
             RefitError: memory that CUDA IPC cannot export.
         """
         if all(tensor.is_cuda for tensor in tensors.values()):
-            return _expose_cuda(tensors)
+            where = tuple((name, tensor.data_ptr()) for name, tensor in tensors.items())
+            if self._shown is None or self._shown[0] != where:
+                self._shown = (where, _expose_cuda(tensors))
+            # What the policy has queued on these tensors, before anyone reads them.
+            torch.cuda.synchronize(next(iter(tensors.values())).device)
+            return self._shown[1]
         self._turn = 1 - self._turn
         return self._mirrors[self._turn].expose(tensors)
 
     def conceal(self) -> None:
-        """Takers have let go of everything: let the device's memory be given back."""
+        """Takers have let go of everything: let the device's memory be given back, and expose anew the next time."""
+        self._shown = None
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()
 
@@ -141,8 +149,6 @@ def _expose_cuda(tensors: Mapping[str, torch.Tensor]) -> Exposure:
             memories[key] = ("cuda_ipc", storage.nbytes(), *reduce_tensor(flat)[1][7:])
         offset = tensor.data_ptr() - key
         where[name] = (list(memories).index(key), offset, str(tensor.dtype).removeprefix("torch."), tensor.numel())
-    # What the policy has queued on these tensors, before anyone reads them.
-    torch.cuda.synchronize(next(iter(tensors.values())).device)
     return Exposure(host_id(), tuple(memories.values()), where)
 
 

@@ -55,8 +55,8 @@ class RefitReceiver:
     def refit_pull(self, exposures: Sequence[tuple[int, dict[str, Any]]]) -> None:
         self._target.pull(exposures)
 
-    def refit_exchange(self) -> None:
-        self._target.exchange()
+    def refit_exchange(self, exposures: Sequence[tuple[int, dict[str, Any]]]) -> None:
+        self._target.exchange(exposures)
 
     def refit_finish(self) -> tuple[float, list[tuple[int, int, int, int]]]:
         """Seconds of vLLM's post-load steps, and checksums."""

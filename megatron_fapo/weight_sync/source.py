@@ -47,7 +47,7 @@ class WeightSource(Member):
             size = tensors[name].nbytes
             if not self._rounds or (mirrored and size > room):
                 self._rounds.append([])
-                room = share.bucket_bytes
+                room = share.terms.bucket_bytes
             self._rounds[-1].append(name)
             room -= size
         return len(self._rounds)
@@ -86,9 +86,11 @@ class WeightSource(Member):
         return sums.read()
 
     def conceal(self) -> None:
-        """The refit is over, done or given up: keep no tensor alive, and let the device's memory be given back."""
+        """The refit is over, done or given up: keep no tensor alive, and unless takers keep them mapped, let the
+        device's memory be given back."""
         self._tensors = {}
-        self._exposer.conceal()
+        if not self._share.terms.keep_mapped:
+            self._exposer.conceal()
 
     def close(self) -> None:
         self.leave()

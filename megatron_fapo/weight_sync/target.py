@@ -45,6 +45,8 @@ class WeightTarget(Member):
         """Take this process's share of a plan."""
         self._share, self._plan = share, share.plan
         self._place = {name: place for place, name in enumerate(self._memory.index().tensors)}
+        self._memories: dict[int, tuple[Exposure, dict[str, torch.Tensor]]] = {}
+        self._lent: Mapping[str, torch.Tensor] = {}
         self._pulled: dict[int, list[tuple[int, int]]] = {}
         for hop in share.mapped:
             copies = len(share.plan.parts[hop.part].copies)
@@ -82,7 +84,7 @@ class WeightTarget(Member):
             ]
             if not mine:
                 continue
-            tensors = map_tensors(exposure, self._device, sorted({copy.source.tensor for _, _, copy in mine}))
+            tensors = self._mapped(giver, exposure)
             todo += [(part, number, viewed(tensors[c.source.tensor], c.source, c.shape)) for part, number, c in mine]
         for part, number, data in sorted(todo, key=lambda item: self._when(*item[:2])):
             copy = self._plan.parts[part].copies[number]
@@ -91,18 +93,41 @@ class WeightTarget(Member):
         if self._device.type == "cuda":  # before the givers write these tensors again
             torch.cuda.synchronize(self._device)
 
+    def _mapped(self, giver: int, exposure: Exposure) -> dict[str, torch.Tensor]:
+        """What is taken from a policy rank. Each exposure is mapped once: CUDA counts how often."""
+        known = self._memories.get(giver)
+        if known is None or known[0] != exposure:
+            self._memories.pop(giver, None)
+            hops = [hop for hop in self._plan.hops if giver in (hop.giver, self._share.stands_for)]
+            names = {copy.source.tensor for hop in hops for copy in self._plan.parts[hop.part].copies}
+            tensors = map_tensors(exposure, self._device, sorted(names & exposure.tensors.keys()))
+            known = self._memories[giver] = (exposure, tensors)
+        return known[1]
+
     def _when(self, part: int, number: int) -> tuple[int, int]:
         """Sorts copies by layer, whoever gives them: one is complete, and its staging given back, before the next."""
         view = self._plan.parts[part].copies[number].target
         return self._place[view.tensor], view.offset
 
-    def exchange(self) -> None:
-        """Receive what is sent, and pass on what others take from here. Collective over the group.
+    def exchange(self, exposures: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
+        """Receive what is sent, pass on what others take from here, and send for the policy rank of this card.
+        Collective over the group.
+
+        Args:
+            exposures: as of `pull`; that of the rank that this worker stands for must hold all its tensors.
 
         Raises:
             RefitError: see Exchange.run.
         """
-        self._run(_has_nothing, self._write)
+        for giver, wire in exposures:
+            if giver == self._share.stands_for:
+                self._lent = self._mapped(giver, Exposure.from_wire(wire))
+        self._run(self._read, self._write)
+
+    def _read(self, copy: Copy, view: View, shape: Ints) -> torch.Tensor:
+        if copy.source.tensor not in self._lent:
+            raise RefitError(f"{copy.source.tensor} of policy rank {self._share.stands_for} was not exposed to be sent")
+        return viewed(self._lent[copy.source.tensor], view, shape)
 
     def _write(self, part: int, piece: Piece, data: torch.Tensor) -> None:
         copy = self._plan.parts[part].copies[piece.copy]
@@ -129,12 +154,15 @@ class WeightTarget(Member):
             RefitError: something never came.
         """
         self.load_s += self._memory.finish()
+        if not self._share.terms.keep_mapped:
+            self._unmap()
         return self._sums.read()
 
     def abort(self) -> None:
         self.leave()
+        self._unmap()
         self._memory.abort()
 
-
-def _has_nothing(copy: Copy, *_: Any) -> torch.Tensor:
-    raise RefitError(f"{copy.name} was to be packed by an engine, which only passes on what it has received")
+    def _unmap(self) -> None:
+        """Let go of the policy's memory, which it could not give back otherwise."""
+        self._memories, self._lent = {}, {}

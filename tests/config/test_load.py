@@ -173,6 +173,7 @@ TURNS = ["rollout.colocated=true", "policy.offload=true"]
         (["rollout.colocated=true"], "policy.offload"),
         ([*TURNS, "cluster.train_nodes=1", "cluster.rollout_nodes=1"], "cluster.rollout_nodes"),
         ([*TURNS, "weight_sync.in_flight=true"], "weight_sync.in_flight"),
+        ([*TURNS, "weight_sync.node_link=map"], "weight_sync.node_link"),
         (["policy.optimizer.offload_fraction=1", "policy.optimizer.moments_dtype=fp8"], "moments_dtype"),
         (["policy.optimizer.main_dtype=float16", "policy.dtype=float32"], "policy.dtype"),
     ],

@@ -104,7 +104,7 @@ def test_a_failing_engine_is_named_with_the_end_of_its_log(pool_of):
 def test_a_step_of_a_refit_is_asked_of_all_engines_or_of_some(pool_of):
     pool, handles = pool_of(None, None)
     assert run(pool.refit_step("pull", 1)) == ["engine 0", "engine 1"]
-    assert run(pool.refit_step("pull", 2, engines=[1])) == ["engine 1"]
+    assert run(pool.refit_each("pull", {1: (2,)})) == ["engine 1"]
     assert [run(_await(handle.history.remote())) for handle in handles] == [["pull 1"], ["pull 1", "pull 2"]]
 
 

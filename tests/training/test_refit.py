@@ -37,7 +37,7 @@ class Policy(Everybody):
 
     @property
     def places(self) -> list[tuple[str, str]]:
-        return [(node, "") for node in self.nodes]
+        return [(node[0], node[1:]) for node in self.nodes]
 
     async def take_shares(self, shares: Sequence[str]) -> list[int]:
         self.note("take")
@@ -51,18 +51,23 @@ class Policy(Everybody):
         self.note(f"join {[*ranks]}")
 
     async def weights(self, what: str, ranks: Sequence[int], *args: Any) -> list[Any]:
-        self.note(what if what != "expose" else f"expose {args[0]} of {[*ranks]}")
+        if ranks:
+            self.note(what if what != "expose" else f"expose {args[0]} of {[*ranks]}")
         return [self.sums if what == "sums" else {} for _ in ranks]
 
 
 class Engines(Everybody):
+    def __init__(self, nodes: Sequence[str], fails_at: str = "") -> None:
+        super().__init__(nodes, fails_at)
+        self.told: dict[str, dict[int, list[int]]] = {}
+
     async def target_indexes(self) -> list[list[str]]:
         self.note("index")
         return [[columns_of(SHAPES, 2, worker).to_json() for worker in range(2)] for _ in self.nodes]
 
     @property
     def places(self) -> list[list[tuple[str, str]]]:
-        return [[(node, "")] * 2 for node in self.nodes]
+        return [[(node[0], f"{worker}" if node[1:] else "") for worker in range(2)] for node in self.nodes]
 
     async def take_shares(self, shares: Sequence[Sequence[str]]) -> None:
         assert [len(mine) for mine in shares] == [2] * len(self.nodes)
@@ -71,18 +76,19 @@ class Engines(Everybody):
     async def join(self, engines: Sequence[int], *_: Any) -> None:
         self.note(f"join {[*engines]}")
 
-    async def pull(self, exposures: dict[int, list[tuple[int, Any]]]) -> None:
-        await self.refit_step("pull", engines=None)
-        self.pulled = {engine: [giver for giver, _ in found] for engine, found in exposures.items()}
-
-    async def refit_step(self, method: str, *_: Any, engines: Sequence[int] | None = None) -> list[Any]:
-        if method == self.fails_at == "pull":
-            await asyncio.sleep(0.05)
-        self.note(method if engines is None else f"{method} {[*engines]}")
-        if self.fails_at == f"hang in {method}":
-            await asyncio.sleep(60)
+    async def refit_step(self, method: str, *_: Any) -> list[Any]:
+        self.note(method)
         answers = {"begin_refit": 0.5, "commit_refit": 0.25, "finish_refit": [(0.125, self.sums)] * 2}
         return [answers.get(method)] * len(self.nodes)
+
+    async def refit_each(self, method: str, arguments: dict[int, Sequence[Any]]) -> list[Any]:
+        if method == self.fails_at == "pull":
+            await asyncio.sleep(0.05)
+        self.note(f"{method} {[*arguments]}" if method == "exchange" else method)
+        self.told[method] = {engine: [giver for giver, _ in args[0]] for engine, args in arguments.items()}
+        if self.fails_at == f"hang in {method}":
+            await asyncio.sleep(60)
+        return [None] * len(arguments)
 
     async def abandon_refit(self) -> None:
         self.note("abandon")
@@ -118,7 +124,7 @@ def test_across_nodes_the_group_is_made_once_and_anew_after_a_failure() -> None:
     asyncio.run(refits.refit(4))
     assert Counter(policy.log)["open group at 0"] == Counter(policy.log)["join [0, 1]"] == 1
     assert Counter(engines.log)["join [0]"] == 1, "the engine beside the policy maps its memory"
-    assert engines.pulled == {1: [0]}, "of the second round, and no others are told of it"
+    assert engines.told["pull"] == {1: [0]}, "of the second round, and no others are told of it"
     assert Counter(engines.log)["exchange [0]"] == Counter(policy.log)["exchange"] == 2
     engines.fails_at = "exchange [0]"
     with pytest.raises(RefitError, match="cannot exchange"):
@@ -185,3 +191,11 @@ def test_hops_within_a_node_are_messages_where_that_is_asked_for() -> None:
     policy, engines = Policy(["x", "x"]), Engines(["x"])
     asyncio.run(refits_of(policy, engines, node_link="message").refit(1))
     assert "exchange [0]" in engines.log
+
+
+def test_on_shared_cards_workers_send_what_policy_ranks_expose() -> None:
+    policy, engines = Policy(["x0", "x1"]), Engines(["x*", "y*"])
+    asyncio.run(refits_of(policy, engines).refit(1))
+    assert "exchange [0, 1]" in engines.log
+    assert engines.told["exchange"] == {0: [0, 1], 1: []}
+    assert "exchange" not in policy.log, "their workers send for them"

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_fapo.weight_sync.plan import Copy, Endpoint, Part, make_plan
+from megatron_fapo.weight_sync.protocol import RefitError
 from megatron_fapo.weight_sync.regions import View, contiguous_stride, volume
-from megatron_fapo.weight_sync.share import Share, chunks_of, piece_of, shares_of
+from megatron_fapo.weight_sync.share import Share, Terms, chunks_of, piece_of, shares_of
 from tests.weight_sync.plain import columns_of, rows_of
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3), min_size=1, max_size=6)
@@ -46,15 +47,36 @@ def test_a_share_survives_the_wire_and_messages_fit_a_bucket() -> None:
     plan = make_plan(ends, workers)
     assert {hop.link for hop in plan.hops} == {"local", "node", "network"}
     for node_messages in (False, True):
-        shares, members = shares_of(plan, node_messages=node_messages, bucket_bytes=1000)
+        shares, members = shares_of(plan, Terms(node_messages, 1000))
         assert [Share.from_json(share.to_json()) for share in shares] == shares
         for share in shares:
             assert len(share.messages) + len(share.mapped) == len(share.plan.hops)
-            assert len(share.messages) * share.chunk_bytes <= 1000
+            assert 0 < len(share.messages) * share.terms.chunk_bytes <= 1000 or not share.messages
             assert bool(share.messages) == (share.me in members)
             links = {hop.link for hop in share.mapped}
             assert "network" not in links
             assert node_messages <= ("node" not in links)
+
+
+def test_a_worker_sends_for_the_policy_rank_of_its_card_and_no_card_has_two_members() -> None:
+    shapes = {"a": (64, 64), "b": (8, 8)}
+    places = [("x", "g0"), ("x", "g1"), ("x", "g0"), ("y", "g0")]  # two policy ranks, then two workers
+    sources = [Endpoint(*places[rank], rows_of(shapes, 2, rank)) for rank in range(2)]
+    workers = [Endpoint(*places[2 + i], columns_of(shapes, 2, i)) for i in range(2)]
+    shares, members = shares_of(make_plan(sources, workers), Terms(True, 1000), places)
+    assert [share.stands_for for share in shares] == [None, None, 0, None]
+    assert [share.stood_for for share in shares] == [True, False, False, False]
+    assert members == [1, 2, 3]
+    assert shares[0].messages == []
+    assert {hop.taker for hop in shares[0].mapped} == {2, 3}, "it exposes what is sent for it too"
+    assert {(hop.giver, hop.taker) for hop in shares[2].messages} == {(1, 2), (2, 3)}
+    assert {(hop.giver, hop.taker) for hop in shares[2].mapped} == {(0, 2)}
+    assert shares[1].messages + shares[2].messages != []
+    assert [Share.from_json(share.to_json()) for share in shares] == shares
+    crowded = [*places[:2], ("y", "g0"), ("y", "g0")]
+    twice = [Endpoint(*crowded[2 + i], columns_of(shapes, 2, i)) for i in range(2)]
+    with pytest.raises(RefitError, match="g0 of node y"):
+        shares_of(make_plan(sources, twice), Terms(True, 1000), crowded)
 
 
 @pytest.mark.parametrize("limit", [1, 10**9])
