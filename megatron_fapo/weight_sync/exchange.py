@@ -200,6 +200,8 @@ class Member:
     _group: Exchange | None = None
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:  # which NCCL does not take
+            device = torch.device("cuda", torch.cuda.current_device())
         self._device = device
 
     def join(self, store: tuple[str, int], members: Sequence[int], address: str, timeout_s: float) -> None:
