@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run over two Ray nodes of one card each on a host of two GPUs: the policy on the first, engine and GenRM on the
-# second, so that each refit crosses Ray's object store, checksums compared every time.
+# second, so that each refit goes from node to node as messages, checksums compared every time.
 #
 #   benchmarks/two_ray_nodes.sh MODEL PROMPTS OUT [section.key=value ...]
 #

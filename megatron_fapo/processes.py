@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import logging
+import os
 import socket
+import struct
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,8 @@ from pathlib import Path
 LOG_LINES = 30
 HEALTH_CHECKS_S = 30.0
 """Ray gives a node five, one every 3 s."""
+_SIOCGIFADDR = 0x8915
+"""Linux: the IPv4 address of an interface."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +99,26 @@ async def how_lost(node: Node, error: BaseException) -> str:
             return "its process is gone"
         await asyncio.sleep(0.5)
     return "its node is gone"
+
+
+def use_interface_of(address: str) -> None:
+    """Make gloo and NCCL talk through the interface that has this node's Ray address, unless the user has chosen.
+
+    Left alone, they take the first one that the host name resolves to, or that is up: on nodes with several, often one
+    that the other nodes cannot reach.
+    """
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            try:
+                found = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has no IPv4 address
+                continue
+        if socket.inet_ntoa(found[20:24]) == address:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            return
+    logging.getLogger(__name__).warning(
+        "no interface has this node's address %s: if ranks or engines cannot connect, set GLOO_SOCKET_IFNAME and "
+        "NCCL_SOCKET_IFNAME",
+        address,
+    )

@@ -5,13 +5,10 @@ The driver's side is `policy/group.py`. Methods that say so are collective: the 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import shutil
-import socket
-import struct
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,14 +23,13 @@ from megatron_fapo.policy.checkpoint import Part, Saver, load, verify
 from megatron_fapo.policy.hf_weights import exports, owns_export
 from megatron_fapo.policy.parallel import Rank
 from megatron_fapo.policy.worker import PolicyWorker, StepResult
+from megatron_fapo.processes import use_interface_of
 
 if TYPE_CHECKING:
     from megatron_fapo.weight_sync.source import WeightSource
 
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
-_SIOCGIFADDR = 0x8915
-"""Linux: the IPv4 address of an interface."""
 
 
 class PolicyActor:
@@ -63,7 +59,7 @@ class PolicyActor:
         """Build the model and join the process group. Collective. Returns facts about this rank."""
         import ray
 
-        if options.pop("several_nodes"):
+        if options.pop("in_cluster"):
             use_interface_of(ray.util.get_node_ip_address())
         self.worker = PolicyWorker(rank, cfg, algorithm, **options)
         logging.getLogger(__name__).info("rank %d of %d is up", rank.rank, rank.world_size)
@@ -170,28 +166,6 @@ class PolicyActor:
     def _up(self) -> PolicyWorker:
         assert self.worker is not None, "join() comes first"
         return self.worker
-
-
-def use_interface_of(address: str) -> None:
-    """Make gloo and NCCL talk through the interface that has this node's Ray address, unless the user has chosen.
-
-    Left alone, they take the first one that the host name resolves to, or that is up: on nodes with several, often one
-    that the other nodes cannot reach.
-    """
-    for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-            try:
-                found = fcntl.ioctl(s.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has no IPv4 address
-                continue
-        if socket.inet_ntoa(found[20:24]) == address:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
-            return
-    logging.getLogger(__name__).warning(
-        "no interface has this node's address %s: if ranks cannot connect, set GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
-        address,
-    )
 
 
 def copy_model_files(source: Path, target: Path, max_positions: int | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -70,7 +71,7 @@ class PolicyGroup:
     async def _start(self, device: str, dtype: str) -> None:
         ((address, port),) = await self._gather("start", [self._actors[0].address.remote()], [0])
         options = {
-            "several_nodes": self._several_nodes,
+            "in_cluster": bool(os.environ.get("RAY_ADDRESS")),
             "device": device,
             "dtype": dtype,
             "seed": self._config.seed,

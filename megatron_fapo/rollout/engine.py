@@ -21,7 +21,7 @@ from typing import Any
 from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
 from megatron_fapo.data.records import Prompt, Sample, SampleKey
 from megatron_fapo.errors import UserError
-from megatron_fapo.processes import ProcessDiedError
+from megatron_fapo.processes import ProcessDiedError, use_interface_of
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.sampling import sample_seed
@@ -58,6 +58,7 @@ class RolloutEngine:
         seed: int = 0,
         log_path: str | None = None,
         takes_turns: bool = False,
+        address: str | None = None,
     ) -> None:
         """
         Args:
@@ -69,6 +70,7 @@ class RolloutEngine:
             seed: the run's; seeds samples together with their identity.
             log_path: where this process and vLLM's write their output; None leaves it where it goes.
             takes_turns: others use its GPUs while it sleeps.
+            address: this node's in a cluster, by whose interface new weights come.
         """
         self.model_path, self.config, self.device, self.dtype = model_path, config, device, dtype
         self.max_model_len, self.seed, self.log_path = max_model_len, seed, log_path
@@ -82,6 +84,7 @@ class RolloutEngine:
         self._store: tuple[str, int] | None = None
         self._paused = False
         self._asleep: set[str] = set()
+        self._address = address
         self._frees_memory = takes_turns and device == "gpu"
         self._llm: Any = None
         self._guard: Guard | None = None
@@ -129,6 +132,8 @@ class RolloutEngine:
             self._redirect_output(self.log_path)
         self._checkpoint = checkpoint_shapes(self.model_path)
         args = self._engine_args()
+        if self._address is not None:
+            use_interface_of(self._address)  # before vLLM's workers start, in which NCCL asks once
         self._guard = Guard()
         os.environ.update(vllm_environment(self.device, start_timeout_s=self.config.start_timeout_s))
         os.environ.update(self._guard.environment)

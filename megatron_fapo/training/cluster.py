@@ -367,6 +367,7 @@ def make_rollout(
             seed=config.seed,
             log_path=path,
             takes_turns=config.rollout.colocated or judges_take_turns(config),
+            address=node.address if os.environ.get("RAY_ADDRESS") else None,
         )
         for path, node, mine in zip(logs, nodes, cards or [()] * len(nodes), strict=True)
     ]

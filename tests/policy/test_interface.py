@@ -1,4 +1,4 @@
-"""Where rank 0 listens; ranks on several nodes talk through the interface of their node's Ray address, or a user's."""
+"""Where rank 0 listens; processes of a cluster talk through the interface of their node's Ray address, or a user's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_fapo.policy import actor
-from megatron_fapo.policy.actor import PolicyActor, use_interface_of
+from megatron_fapo.policy.actor import PolicyActor
+from megatron_fapo.processes import use_interface_of
 
 NAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
