@@ -15,12 +15,12 @@ from megatron_fapo.config.weight_sync import WeightSyncConfig
 from megatron_fapo.errors import UserError
 from megatron_fapo.plan.hardware import KINDS
 from megatron_fapo.plan.shapes import find_shape
+from megatron_fapo.plan.targets import planned_target, target_problems
 from megatron_fapo.policy.hf_config import layout_problems
 from megatron_fapo.policy.source_index import planned_indexes
 from megatron_fapo.weight_sync.plan import LINKS, Endpoint, make_plan
 from megatron_fapo.weight_sync.predict import LinkRates, predict
 from megatron_fapo.weight_sync.regions import Index
-from megatron_fapo.weight_sync.targets import planned_target, target_problems
 
 TRAIN = {
     "tp": "tensor", "pp": "pipeline", "vpp": "virtual_pipeline", "cp": "context", "ep": "expert",

@@ -404,8 +404,8 @@ class RolloutEngine:
         await self._refit_step(finish)
         return [(seconds, [tuple(sum_) for sum_ in sums]) for seconds, sums in found]
 
-    async def commit_refit(self, version: int) -> float:
-        """The weights are proven: serve `version` from here on. Returns seconds.
+    async def reset_refit(self, version: int) -> float:
+        """The weights are proven: forget what was computed with others. Returns seconds.
 
         Raises:
             RefitError: no refit is under way, or the prefix cache keeps keys and values of the old weights.
@@ -418,10 +418,12 @@ class RolloutEngine:
                 raise RefitError("the prefix cache could not be reset: it would serve the old weights' keys and values")
             await self._turn_in_flight(version)
 
-        seconds = await self._refit_step(reset)
+        return await self._refit_step(reset)
+
+    async def commit_refit(self, version: int) -> None:
+        """Every engine is ready: serve `version` from here on."""
         self._version.complete(version)
         await self.resume()
-        return seconds
 
     async def _turn_in_flight(self, version: int) -> None:
         """Note of every sample in flight the token from which on it comes from `version`. Generation is paused."""
@@ -436,7 +438,11 @@ class RolloutEngine:
                 self._active[request] = (*(start for start in starts if start[0] < tokens), (tokens, version))
 
     async def abort_refit(self) -> None:
-        """Give an unfinished refit up, if one has begun. The engine stays stale until a whole refit succeeds."""
+        """Give an unfinished refit up, if one has begun. The engine stays stale until a whole refit succeeds.
+
+        Raises:
+            VLLMDiedError: it cannot.
+        """
         if self._version.state is EngineState.FRESH:
             return
         self._version.fail()
@@ -445,13 +451,20 @@ class RolloutEngine:
 
             await asyncio.to_thread(abort, self._store)  # a worker that waits for a member that failed
             self._store = None
-        if not self._llm.errored:
-            await self._workers("refit_abort")
+        if self._llm.errored:
+            raise VLLMDiedError("vLLM ended during a refit")
+        await self._workers("refit_abort")
 
     async def _workers(self, method: str, *args: Any) -> list[Any]:
-        """Call a method of RefitReceiver in every worker; results in order of their ranks."""
-        found: list[Any] = await self._ask(self._llm.collective_rpc(method, args=args))
-        return found
+        """Call a method of RefitReceiver in every worker; results in order of their ranks.
+
+        Raises:
+            RefitError: what went wrong in any of them.
+        """
+        answers = await self._ask(self._llm.collective_rpc(method, args=args))
+        if wrong := dict.fromkeys(text for text, _ in answers if text):
+            raise RefitError("; ".join(wrong))
+        return [found for _, found in answers]
 
     async def _refit_step(self, step: Callable[[], Awaitable[Any]]) -> float:
         began = time.monotonic()

@@ -184,10 +184,12 @@ class RolloutPool:
         """The same on some engines, each with its own arguments."""
         return await asyncio.gather(*(self._call(engine, method, *args) for engine, args in arguments.items()))
 
-    async def abandon_refit(self) -> None:
-        """Have every engine give an unfinished refit up, as far as they answer."""
+    async def abandon_refit(self) -> EngineDiedError | None:
+        """Have every engine give an unfinished refit up, as far as they answer; returns the end of one that is gone,
+        which others may have been heard to fail of before."""
         calls = [self._call(i, "abort_refit", timeout_s=ABANDON_S) for i in range(len(self._engines))]
-        await asyncio.gather(*calls, return_exceptions=True)  # the refit's own error is the one to report
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        return next((error for error in outcomes if isinstance(error, EngineDiedError) and error.lost), None)
 
     async def sleep(self, *, keep_weights: bool = False) -> None:
         """Every engine gives its memory back and serves nothing until `wake`, and a refit unless its weights are kept

@@ -3,7 +3,7 @@
 In: the policy's ranks and the engines, up. Out: engines that all serve one version of the policy's weights, or an error
 and engines that serve nothing. The driver moves no weights: it tells ranks and workers what the plan has them do.
 
-    pause -> [expose, pull] for each round, and exchange -> finish -> compare checksums -> commit
+    pause -> [expose, pull] for each round, and exchange -> finish -> compare checksums -> reset -> commit
       any step fails: every engine gives the refit up and is stale; the group of those that exchange is made anew
 """
 
@@ -12,17 +12,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any
 
 from megatron_fapo.config.weight_sync import WeightSyncConfig
 from megatron_fapo.policy.group import PolicyGroup
+from megatron_fapo.processes import ProcessDiedError
 from megatron_fapo.rollout.pool import ABANDON_S, RolloutPool
 from megatron_fapo.weight_sync.plan import Endpoint, Plan, make_plan
 from megatron_fapo.weight_sync.protocol import RefitError, require_equal_sums, share_to_verify
 from megatron_fapo.weight_sync.regions import Index
-from megatron_fapo.weight_sync.share import Terms, shares_of
+from megatron_fapo.weight_sync.share import Share, Terms, shares_of
 
 log = logging.getLogger(__name__)
 Exposures = list[tuple[int, dict[str, Any]]]
@@ -62,7 +64,9 @@ class Refits:
         try:
             await asyncio.wait_for(self._whole(version, seconds), self._config.timeout_s)
         except BaseException as error:
-            await self._abandon()
+            lost = await self._abandon()
+            if lost is not None and isinstance(error, RefitError):
+                raise lost from error  # its peers were heard of first
             if isinstance(error, TimeoutError):
                 raise RefitError(
                     f"the refit to version {version} took more than {self._config.timeout_s:g} s"
@@ -114,20 +118,24 @@ class Refits:
         self._sends: dict[int, set[int]] = {}
         """Of each engine whose workers send for policy ranks, these."""
         for engine, share in zip(self._engine_of, shares[plan.sources :], strict=True):
-            if share.mapped:
-                self._maps.setdefault(engine, set()).update(hop.giver for hop in share.mapped)
+            self._maps.setdefault(engine, set()).update(hop.giver for hop in share.mapped)
             if share.stands_for is not None:
                 self._sends.setdefault(engine, set()).add(share.stands_for)
+        mapping = Counter(giver for share in shares[plan.sources :] for giver in _maps(share))
+        self._one_taker = all(count == 1 for count in mapping.values())
+        """Of each policy rank's memory."""
         self._rounds = [[i for i in self._givers if number < rounds[i]] for number in range(max(rounds))]
         moved = ", ".join(f"{link} {size / 1e6:,.1f} MB" for link, size in plan.bytes_by_link().items() if size)
         log.info("refits move %s, %.3f of the minimum, in %d hops", moved, plan.bytes_over_minimum, len(plan.hops))
+        self._taken = [sum(len(plan.parts[i].copies) for i in parts) for parts in _parts_taken(plan)]
         return plan
 
     async def _whole(self, version: int, seconds: dict[str, float]) -> None:
         share = share_to_verify(self._done, self._config.verify_every, self._config.verify_share)
-        await self._join()
         seconds["pause_s"] = max(await self._rollout.refit_step("begin_refit", version, share, self._config.in_flight))
-        await self._policy.weights("open", self._givers, version, share)
+        async with _timed(seconds, "open_s"):
+            await self._join()
+            await self._policy.weights("open", self._givers, version, share)
         async with _timed(seconds, "transfer_s"):
             # Told at the first failure: else those that wait for who failed would wait until the time-out.
             seconds["expose_s"] = 0.0
@@ -138,9 +146,11 @@ class Refits:
         seconds["load_s"] = max(load_s for load_s, _ in found)
         async with _timed(seconds, "verify_s"):
             given = await self._policy.weights("sums", self._givers)
-            require_equal_sums(given, [sums for _, sums in found])
-        await self._policy.weights("conceal", self._givers)
-        seconds["reset_s"] = max(await self._rollout.refit_step("commit_refit", version))
+            require_equal_sums(given, [sums for _, sums in found], self._taken if share == 1 else None)
+            await self._policy.weights("conceal", self._givers, self._one_taker)
+        seconds["reset_s"] = max(await self._rollout.refit_step("reset_refit", version))
+        async with _timed(seconds, "resume_s"):
+            await self._rollout.refit_step("commit_refit", version)
 
     async def _expose(self, number: int, seconds: dict[str, float]) -> Exposures:
         began = time.monotonic()
@@ -186,22 +196,42 @@ class Refits:
             return
         store = await self._policy.open_group(0)
         where = (store, self._members, self._config.timeout_s)
-        await _together(self._policy.join(self._of_policy, *where), self._rollout.join(self._of_engines, *where))
+        work = self._policy.join(self._of_policy, *where), self._rollout.join(self._of_engines, *where)
+        await _together(*work, on_failure=self._abandon)
         self._joined = True
 
-    async def _abandon(self) -> None:
+    async def _abandon(self) -> ProcessDiedError | None:
+        """Have everybody give the refit up; returns the end of a process that is gone."""
         self._joined = False
-        await self._rollout.abandon_refit()
-        if self._plan is not None:
-            conceal = self._policy.weights("conceal", self._givers)
-            await asyncio.gather(asyncio.wait_for(conceal, ABANDON_S), return_exceptions=True)
+        lost: ProcessDiedError | None = await self._rollout.abandon_refit()
+        try:
+            await asyncio.wait_for(self._policy.weights("conceal", self._givers, False), ABANDON_S)
+        except ProcessDiedError as error:
+            return lost or (error if error.lost else None)
+        except TimeoutError:
+            log.warning("the policy's ranks do not answer: what engines mapped of their memory may be lost to them")
+        return lost
+
+
+def _maps(share: Share) -> set[int]:
+    """The policy ranks whose memory a worker maps."""
+    own = {hop.giver for hop in share.mapped}
+    return own if share.stands_for is None else own | {share.stands_for}
+
+
+def _parts_taken(plan: Plan) -> list[list[int]]:
+    """Of every worker, the parts that it is given."""
+    taken: list[list[int]] = [[] for _ in range(plan.targets)]
+    for hop in plan.hops:
+        taken[hop.taker - plan.sources].append(hop.part)
+    return taken
 
 
 def _of(exposures: Exposures, givers: Collection[int]) -> Exposures:
     return [each for each in exposures if each[0] in givers]
 
 
-async def _together(*work: Awaitable[Any], on_failure: Callable[[], Awaitable[None]] | None = None) -> None:
+async def _together(*work: Awaitable[Any], on_failure: Callable[[], Awaitable[Any]] | None = None) -> None:
     """Everything at once. The first error is raised when all have ended: another refit must find them idle.
 
     Args:
@@ -217,9 +247,11 @@ async def _together(*work: Awaitable[Any], on_failure: Callable[[], Awaitable[No
             if on_failure is not None and len(errors) == 1:
                 await on_failure()
 
-    await asyncio.gather(*map(watched, work))
-    if errors:
-        raise errors[0]
+    try:
+        await asyncio.gather(*map(watched, work))
+    finally:  # a time-out must not hide why some waited
+        if errors:
+            raise errors[0]
 
 
 @asynccontextmanager

@@ -7,12 +7,14 @@ the part from it. So at a depth of d everything is d steps late, and all links w
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from megatron_fapo.weight_sync.protocol import RefitError
 from megatron_fapo.weight_sync.regions import Ints, View
 from megatron_fapo.weight_sync.share import Piece, Share, chunks_of, piece_of
 
+JOIN_S = 60.0
+"""For all members to come."""
 _LOOK_S, _POLL_S = 0.5, 1e-4
 """How often a wait looks whether the refit was given up, and whether a GPU is done."""
 _ABORT = "abort"
@@ -47,21 +51,26 @@ class Exchange:
             members: numbers of its processes in the plan.
             address: of this process's node, for gloo.
         """
-        wait = timedelta(seconds=timeout_s)
         self._rank = {process: rank for rank, process in enumerate(members)}
         self._me, self._device, self._timeout_s = me, device, timeout_s
-        self._store = torch.distributed.TCPStore(*store, is_master=False, timeout=wait)
-        place = (torch.distributed.PrefixStore("group", self._store), self._rank[me], len(members))
-        if device.type == "cuda":
+        self._group: Any = None
+        self._store = torch.distributed.TCPStore(*store, is_master=False, timeout=timedelta(seconds=JOIN_S))
+        self._until(self._aside(lambda: self._connect(len(members), address)), min(JOIN_S, timeout_s))
+
+    def _connect(self, size: int, address: str) -> None:
+        place = (torch.distributed.PrefixStore("group", self._store), self._rank[self._me], size)
+        limit = timedelta(seconds=self._timeout_s)
+        if self._device.type == "cuda":
             nccl = torch.distributed.ProcessGroupNCCL.Options()
-            nccl._timeout = wait
+            nccl._timeout = limit
             torch.cuda.empty_cache()  # NCCL takes its buffers from the driver, outside PyTorch's allocator
-            self._group: Any = torch.distributed.ProcessGroupNCCL(*place, nccl)
+            with _without_watchdog():
+                self._group = torch.distributed.ProcessGroupNCCL(*place, nccl)
             # Now, while all are here: a communicator made by the first message would wait for members that have none.
-            self._group.eager_connect_single_device(device)
+            self._group.eager_connect_single_device(self._device)
         else:
             gloo = torch.distributed.ProcessGroupGloo._Options()
-            gloo._timeout = wait
+            gloo._timeout = limit
             gloo._devices = [torch.distributed.ProcessGroupGloo.create_device(hostname=address)]
             self._group = torch.distributed.ProcessGroupGloo(*place, gloo)
 
@@ -106,12 +115,16 @@ class Exchange:
                         packed[hop.part] = self._pack(parts[hop.part], pieces, read)
                     flat = packed[hop.part]
                 messages.append((hop, flat))
-            works = self._post(messages)
+            under_way = self._aside(partial(self._carry, messages)) if messages else None
             for part, (number, flat) in arrived.items():  # of the step before, while this one's are under way
                 for piece in chunks[part][number]:
                     write(part, piece, flat[piece.offset : piece.offset + piece.nbytes])
-            self._await(works)
+            if under_way is not None:
+                self._until(under_way, self._timeout_s)
+                self._settle()
             arrived, held = arriving, {part: flat for part, (_, flat) in arriving.items()}
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # engines and policy may need the room next
 
     def _empty(self, pieces: Sequence[Piece]) -> torch.Tensor:
         return torch.empty(pieces[-1].offset + pieces[-1].nbytes, dtype=torch.uint8, device=self._device)
@@ -126,18 +139,24 @@ class Exchange:
             flat[piece.offset : piece.offset + piece.nbytes].view(data.dtype).view(data.shape).copy_(data)
         return flat
 
-    def _post(self, messages: Sequence[tuple[Hop, torch.Tensor]]) -> list[Any]:
-        """Begin all messages of a step, as one NCCL group: one at a time, two processes could wait for each other."""
-        if not messages:
-            return []
+    def _carry(self, messages: Sequence[tuple[Hop, torch.Tensor]]) -> None:
+        """Send and receive the messages of a step; with NCCL until they are queued on the device.
+
+        As one group of NCCL: one at a time, two processes could wait for each other.
+        """
         grouped = self._device.type == "cuda"
+        works = []
         if grouped:
             self._group._start_coalescing()
-        works = []
-        for tag, (hop, flat) in zip(self._tags(messages), messages, strict=True):
-            call, peer = (self._group.send, hop.taker) if hop.giver == self._me else (self._group.recv, hop.giver)
-            works.append(call([flat], self._rank[peer], tag))
-        return [self._group._end_coalescing()] if grouped else works
+        try:
+            for tag, (hop, flat) in zip(self._tags(messages), messages, strict=True):
+                call, peer = (self._group.send, hop.taker) if hop.giver == self._me else (self._group.recv, hop.giver)
+                works.append(call([flat], self._rank[peer], tag))
+        finally:
+            if grouped:  # left open, this thread's next collective, whoever's, would never begin
+                works = [self._group._end_coalescing()]
+        for work in works:
+            work.wait()
 
     def _tags(self, messages: Sequence[tuple[Hop, torch.Tensor]]) -> Iterator[int]:
         """Numbers the messages of each pair of processes, which both see in the same order."""
@@ -147,26 +166,35 @@ class Exchange:
             seen[pair] = seen.get(pair, -1) + 1
             yield seen[pair]
 
-    def _await(self, works: Sequence[Any]) -> None:
-        if not works:
-            return
-        try:
-            if self._device.type == "cuda":
-                for work in works:
-                    work.wait()
-                done = torch.cuda.Event()
-                done.record()
-                self._until(done.query, lambda: time.sleep(_POLL_S))
-            else:
-                waiting = _wait_aside(works)
-                self._until(waiting.done, lambda: concurrent.futures.wait((waiting,), timeout=_LOOK_S))
-                waiting.result()
-        except RuntimeError as error:
-            if isinstance(error, RefitError):
-                raise
-            raise RefitError(f"the exchange of weights broke: {error}") from error
+    def _aside(self, work: Callable[[], None]) -> Future[None]:
+        """Do something that may never end in a thread of its own: gloo's waits end with the group's time-out only, and
+        NCCL's first message between two processes not at all, when the other has failed before."""
+        future: Future[None] = Future()
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
 
-    def _until(self, done: Callable[[], bool], rest: Callable[[], Any]) -> None:
+        def run() -> None:
+            try:
+                with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+                    work()
+                future.set_result(None)
+            except Exception as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name="fapo-exchange").start()
+        return future
+
+    def _until(self, future: Future[None], limit_s: float) -> None:
+        self._watch(future.done, lambda: wait((future,), timeout=_LOOK_S), limit_s)
+        future.result()
+
+    def _settle(self) -> None:
+        """Until the device has done what is queued."""
+        if self._device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+            self._watch(done.query, lambda: time.sleep(_POLL_S), self._timeout_s)
+
+    def _watch(self, done: Callable[[], bool], rest: Callable[[], Any], limit_s: float) -> None:
         began = look = time.monotonic()
         while not done():
             rest()
@@ -175,8 +203,8 @@ class Exchange:
                 look = now
                 if self._aborted():
                     raise RefitError("another process gave the refit up")
-            if now - began > self._timeout_s:
-                raise RefitError(f"the exchange of weights took more than {self._timeout_s:g} s")
+            if now - began > limit_s:
+                raise RefitError(f"the exchange of weights took more than {limit_s:g} s")
 
     def _aborted(self) -> bool:
         try:
@@ -188,7 +216,7 @@ class Exchange:
         """Leave, whatever the others do: those that wait for this process hear of it."""
         with contextlib.suppress(RuntimeError):  # the store's keeper is gone, which the members see
             self._store.set(_ABORT, "")
-        if self._device.type == "cuda":
+        if self._device.type == "cuda" and self._group is not None:
             self._group.abort()
         self._group = None
 
@@ -205,12 +233,18 @@ class Member:
         self._device = device
 
     def join(self, store: tuple[str, int], members: Sequence[int], address: str, timeout_s: float) -> None:
-        """Enter a group; collective over its members. One that this process was in is left."""
+        """Enter a group; collective over its members. One that this process was in is left.
+
+        Raises:
+            RefitError: not all members came.
+        """
         self.leave()
         place = {"device": self._device, "address": address, "timeout_s": timeout_s}
-        self._group = Exchange(store, members, self._share.me, **place)
+        with _translated():
+            self._group = Exchange(store, members, self._share.me, **place)
 
     def leave(self) -> None:
+        """Leave the group, if there is one; other members hear of it."""
         if self._group is not None:
             self._group.close()
             self._group = None
@@ -221,27 +255,37 @@ class Member:
         """Exchange.run; after a failure this process is in no group."""
         assert self._group is not None, "join() comes first"
         try:
-            self._group.run(self._share, read, write)
+            with _translated():
+                self._group.run(self._share, read, write)
         except BaseException:
             self.leave()
             raise
 
 
-def _wait_aside(works: Sequence[Any]) -> concurrent.futures.Future[None]:
-    """Wait in a thread of its own: a wait of gloo for a process that hangs ends with the group's timeout only, and must
-    keep neither this process's caller nor its exit waiting."""
-    future: concurrent.futures.Future[None] = concurrent.futures.Future()
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what gloo, NCCL, CUDA and the store raise; RefitError is one
+        if isinstance(error, RefitError):
+            raise
+        raise RefitError(f"the exchange of weights broke: {error}") from error
 
-    def wait() -> None:
-        try:
-            for work in works:
-                work.wait()
-            future.set_result(None)
-        except RuntimeError as error:
-            future.set_exception(error)
 
-    threading.Thread(target=wait, daemon=True, name="fapo-exchange").start()
-    return future
+@contextlib.contextmanager
+def _without_watchdog() -> Iterator[None]:
+    """PyTorch's watchdog of NCCL ends the process when another process fails. Here the others go on without it. The
+    variable is read when a group is made: megatron's and vLLM's groups keep theirs."""
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def abort(store: tuple[str, int]) -> None:

@@ -8,10 +8,13 @@ however that ends, and is not bound by the size of /dev/shm, which containers se
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ import torch
 from megatron_fapo.weight_sync.protocol import RefitError
 from megatron_fapo.weight_sync.regions import Ints, View
 
+log = logging.getLogger(__name__)
 _ALIGNMENT = 256
 
 
@@ -72,9 +76,6 @@ class Exposer:
 
         On CPUs two mirrors take turns: what was exposed the last time stays valid. On GPUs tensors that are where they
         were give the same exposure again, which takers may have mapped still.
-
-        Raises:
-            RefitError: memory that CUDA IPC cannot export.
         """
         if all(tensor.is_cuda for tensor in tensors.values()):
             where = tuple((name, tensor.data_ptr()) for name, tensor in tensors.items())
@@ -86,8 +87,14 @@ class Exposer:
         self._turn = 1 - self._turn
         return self._mirrors[self._turn].expose(tensors)
 
-    def conceal(self) -> None:
-        """Takers have let go of everything: let the device's memory be given back, and expose anew the next time."""
+    def conceal(self, one_taker: bool) -> None:
+        """Takers have let go of everything: let the device's memory be given back, and expose anew the next time.
+
+        Args:
+            one_taker: each exposure was mapped by one process, once.
+        """
+        if self._shown is not None and not one_taker:
+            _count_as_released(self._shown[1])
         self._shown = None
         if torch.cuda.is_initialized():
             torch.cuda.ipc_collect()
@@ -96,6 +103,19 @@ class Exposer:
         """Give the mirrors back; takers that still map one keep their mapping."""
         for mirror in self._mirrors:
             mirror.close()
+
+
+def _count_as_released(exposure: Exposure) -> None:
+    """PyTorch counts on exactly one taker of a handle: with none, or several, memory that is given back would be kept
+    for ever. Its counters are numbers in a file in shared memory; 0 says that it may go."""
+    for memory in exposure.memories:
+        counters, number = memory[6:8]
+        try:
+            with open(Path("/dev/shm") / os.fsdecode(counters).lstrip("/"), "r+b") as file:
+                file.seek(8 * number)
+                file.write(struct.pack("q", 0))
+        except OSError as error:
+            log.warning("memory that engines mapped may not be given back: PyTorch's counters cannot be set: %s", error)
 
 
 class Mirror:
@@ -129,27 +149,33 @@ class Mirror:
             self._file = None
 
 
-def _expose_cuda(tensors: Mapping[str, torch.Tensor]) -> Exposure:
+def require_exportable_memory() -> None:
+    """
+    Raises:
+        RefitError: PyTorch was told to allocate in a way that CUDA IPC cannot export.
+    """
     settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:True" in settings.replace(" ", ""):
         raise RefitError(
             "PYTORCH_CUDA_ALLOC_CONF has expandable_segments:True, whose memory CUDA IPC cannot export; unset it for "
             "the policy's ranks"
         )
+
+
+def _expose_cuda(tensors: Mapping[str, torch.Tensor]) -> Exposure:
     from torch.multiprocessing.reductions import reduce_tensor
 
-    memories: dict[int, tuple[Any, ...]] = {}
+    memories: dict[int, tuple[int, tuple[Any, ...]]] = {}
     where: dict[str, tuple[int, int, str, int]] = {}
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
         if key not in memories:
             flat = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),))
-            # A fresh handle for each exposure: CUDA counts the takers of each.
-            memories[key] = ("cuda_ipc", storage.nbytes(), *reduce_tensor(flat)[1][7:])
+            memories[key] = (len(memories), ("cuda_ipc", storage.nbytes(), *reduce_tensor(flat)[1][7:]))
         offset = tensor.data_ptr() - key
-        where[name] = (list(memories).index(key), offset, str(tensor.dtype).removeprefix("torch."), tensor.numel())
-    return Exposure(host_id(), tuple(memories.values()), where)
+        where[name] = (memories[key][0], offset, str(tensor.dtype).removeprefix("torch."), tensor.numel())
+    return Exposure(host_id(), tuple(memory for _, memory in memories.values()), where)
 
 
 def map_tensors(exposure: Exposure, device: torch.device, names: Sequence[str]) -> dict[str, torch.Tensor]:

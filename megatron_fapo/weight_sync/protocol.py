@@ -79,8 +79,11 @@ SumsOf = Sequence[tuple[int, int, int, int]]
 """Of one process: (part, copy, and the two numbers of its checksum)."""
 
 
-def require_equal_sums(given: Sequence[SumsOf], taken: Sequence[SumsOf]) -> None:
+def require_equal_sums(given: Sequence[SumsOf], taken: Sequence[SumsOf], counts: Sequence[int] | None = None) -> None:
     """Compare the checksums of policy ranks with each other's and with those of workers.
+
+    Args:
+        counts: how many copies each worker was to check; None: not known.
 
     Raises:
         RefitError: replicas of the policy differ, or something arrived other than it was given, or unchecked.
@@ -90,6 +93,8 @@ def require_equal_sums(given: Sequence[SumsOf], taken: Sequence[SumsOf]) -> None
         if truth.setdefault((part, copy), (pair[0], pair[1])) != (pair[0], pair[1]):
             raise RefitError(f"replicas of the policy hold different weights (part {part}, copy {copy} of the plan)")
     for worker, sums in enumerate(taken):
+        if counts is not None and len(sums) != counts[worker]:
+            raise RefitError(f"worker {worker} checked {len(sums)} copies of {counts[worker]}")
         wrong = [(part, copy) for part, copy, *pair in sums if truth.get((part, copy)) != (pair[0], pair[1])]
         if wrong:
             where = ", ".join(f"copy {copy} of part {part}" for part, copy in wrong[:3])

@@ -103,6 +103,8 @@ def shares_of(
         terms, chunk_bytes=chunk_size(routed, node_messages=terms.node_messages, bucket_bytes=terms.bucket_bytes)
     )
     stands_for = {worker: giver for giver, worker in stand_ins.items()}
+    if len(stands_for) < len(stand_ins):
+        raise RefitError("several policy ranks that send weights share a GPU, which NCCL refuses: give each its own")
     shares = [Share(plan.of(i), i, terms, None, i in stand_ins) for i in range(plan.sources)]
     workers = range(plan.sources, plan.sources + plan.targets)
     shares += [Share(routed.of(i), i, terms, stands_for.get(i)) for i in workers]

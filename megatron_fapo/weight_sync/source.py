@@ -13,7 +13,7 @@ import torch
 
 from megatron_fapo.weight_sync.checks import Sample, Sums
 from megatron_fapo.weight_sync.exchange import Member
-from megatron_fapo.weight_sync.mapped import Exposer, viewed
+from megatron_fapo.weight_sync.mapped import Exposer, require_exportable_memory, viewed
 from megatron_fapo.weight_sync.plan import Copy
 from megatron_fapo.weight_sync.protocol import RefitError
 from megatron_fapo.weight_sync.regions import Ints, View
@@ -35,12 +35,18 @@ class WeightSource(Member):
 
     def take(self, share: Share) -> int:
         """Take this process's share of a plan; returns the number of rounds in which its tensors are exposed: one where
-        their memory is not copied."""
+        their memory is not copied.
+
+        Raises:
+            RefitError: memory that others cannot map.
+        """
         self._share, self._plan = share, share.plan
         self._given = sorted({hop.part for hop in share.plan.hops})
         tensors = self._look_up()
         wanted = {copy.source.tensor for hop in share.mapped for copy in share.plan.parts[hop.part].copies}
         mirrored = self._device.type == "cpu"
+        if wanted and not mirrored:
+            require_exportable_memory()
         self._rounds: list[list[str]] = []
         room = 0
         for name in (name for name in tensors if name in wanted):  # in the model's order: layers complete in turn
@@ -85,12 +91,12 @@ class WeightSource(Member):
                 sums.add(part, number, self._read(copy, copy.source, copy.shape))
         return sums.read()
 
-    def conceal(self) -> None:
+    def conceal(self, one_taker: bool) -> None:
         """The refit is over, done or given up: keep no tensor alive, and unless takers keep them mapped, let the
-        device's memory be given back."""
+        device's memory be given back (Exposer.conceal)."""
         self._tensors = {}
         if not self._share.terms.keep_mapped:
-            self._exposer.conceal()
+            self._exposer.conceal(one_taker)
 
     def close(self) -> None:
         self.leave()

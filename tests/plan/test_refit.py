@@ -9,10 +9,10 @@ import pytest
 
 from megatron_fapo.cli import main
 from megatron_fapo.plan.refit import on_nodes
+from megatron_fapo.plan.targets import planned_target
 from megatron_fapo.policy.source_index import planned_indexes
 from megatron_fapo.weight_sync.plan import make_plan
 from megatron_fapo.weight_sync.predict import LinkRates, predict
-from megatron_fapo.weight_sync.targets import planned_target
 from tests.plan.conftest import make_planner
 
 LARGE = ["plan", "refit", "--model", "qwen2.5-32b"]

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
 from megatron_fapo.config.weight_sync import WeightSyncConfig
+from megatron_fapo.processes import Process, ProcessDiedError
 from megatron_fapo.training.refit import Refits
 from megatron_fapo.weight_sync.protocol import RefitError
+from megatron_fapo.weight_sync.share import Share
 from tests.weight_sync.plain import columns_of, rows_of
 
 SHAPES = {"a": (4, 4), "b": (2, 8)}
+
+
+Sums = list[tuple[int, int, int, int]]
+
+
+def sums_of(share: Share) -> Sums:
+    """Of every copy that a policy rank gives, or a worker takes, the same."""
+    parts = {hop.part for hop in share.plan.hops if hop.depth == 0 and hop.giver == share.me < 2}
+    parts |= {hop.part for hop in share.plan.hops if hop.taker == share.me}
+    return [(part, copy, 1, 2) for part in sorted(parts) for copy in range(len(share.plan.parts[part].copies))]
 
 
 class Everybody:
@@ -22,7 +34,7 @@ class Everybody:
 
     def __init__(self, nodes: Sequence[str], fails_at: str = "") -> None:
         self.nodes, self.fails_at, self.log = nodes, fails_at, []
-        self.sums: list[tuple[int, int, int, int]] = [(0, 0, 1, 2)]
+        self.shares: list[Share] = []
 
     def note(self, what: str) -> None:
         self.log.append(what)
@@ -41,6 +53,7 @@ class Policy(Everybody):
 
     async def take_shares(self, shares: Sequence[str]) -> list[int]:
         self.note("take")
+        self.shares = [Share.from_json(text) for text in shares]
         return [2, 1][: len(shares)]
 
     async def open_group(self, rank: int) -> tuple[str, int]:
@@ -53,13 +66,15 @@ class Policy(Everybody):
     async def weights(self, what: str, ranks: Sequence[int], *args: Any) -> list[Any]:
         if ranks:
             self.note(what if what != "expose" else f"expose {args[0]} of {[*ranks]}")
-        return [self.sums if what == "sums" else {} for _ in ranks]
+        return [sums_of(self.shares[i]) if what == "sums" else {} for i in ranks]
 
 
 class Engines(Everybody):
     def __init__(self, nodes: Sequence[str], fails_at: str = "") -> None:
         super().__init__(nodes, fails_at)
         self.told: dict[str, dict[int, list[int]]] = {}
+        self.lost: ProcessDiedError | None = None
+        self.alter: Callable[[Sums], Sums] = lambda sums: sums
 
     async def target_indexes(self) -> list[list[str]]:
         self.note("index")
@@ -72,14 +87,17 @@ class Engines(Everybody):
     async def take_shares(self, shares: Sequence[Sequence[str]]) -> None:
         assert [len(mine) for mine in shares] == [2] * len(self.nodes)
         self.note("take")
+        self.shares = [Share.from_json(text) for mine in shares for text in mine]
 
     async def join(self, engines: Sequence[int], *_: Any) -> None:
         self.note(f"join {[*engines]}")
 
     async def refit_step(self, method: str, *_: Any) -> list[Any]:
         self.note(method)
-        answers = {"begin_refit": 0.5, "commit_refit": 0.25, "finish_refit": [(0.125, self.sums)] * 2}
-        return [answers.get(method)] * len(self.nodes)
+        if method == "finish_refit":
+            sums = [self.alter(sums_of(share)) for share in self.shares]
+            return [[(0.125, sums[2 * i]), (0.125, sums[2 * i + 1])] for i in range(len(self.nodes))]
+        return [{"begin_refit": 0.5, "reset_refit": 0.25}.get(method)] * len(self.nodes)
 
     async def refit_each(self, method: str, arguments: dict[int, Sequence[Any]]) -> list[Any]:
         if method == self.fails_at == "pull":
@@ -90,8 +108,9 @@ class Engines(Everybody):
             await asyncio.sleep(60)
         return [None] * len(arguments)
 
-    async def abandon_refit(self) -> None:
+    async def abandon_refit(self) -> ProcessDiedError | None:
         self.note("abandon")
+        return self.lost
 
 
 def refits_of(policy: Policy, engines: Engines, **config: Any) -> Refits:
@@ -103,7 +122,16 @@ def test_a_refit_within_a_node_and_the_next_without_a_plan() -> None:
     refits = refits_of(policy, engines)
     metrics = asyncio.run(refits.refit(3))
     assert policy.log == ["index", "take", "open", "expose 0 of [0, 1]", "expose 1 of [0]", "sums", "conceal"]
-    assert engines.log == ["index", "take", "begin_refit", "pull", "pull", "finish_refit", "commit_refit"]
+    assert engines.log == [
+        "index",
+        "take",
+        "begin_refit",
+        "pull",
+        "pull",
+        "finish_refit",
+        "reset_refit",
+        "commit_refit",
+    ]
     nbytes = 4 * (16 + 16) * 2  # of each of two engines, between its workers
     assert {name: metrics[f"weight_sync/{name}_bytes"] for name in ("local", "node", "network")} == {
         "local": 0, "node": nbytes, "network": 0,
@@ -142,7 +170,7 @@ def test_across_nodes_the_group_is_made_once_and_anew_after_a_failure() -> None:
     [
         ("engines", "begin_refit"), ("policy", "open"), ("policy", "expose 1 of [0]"), ("engines", "pull"),
         ("policy", "exchange"), ("engines", "exchange [0]"), ("engines", "finish_refit"), ("policy", "sums"),
-        ("policy", "join [0, 1]"), ("engines", "join [0]"), ("engines", "commit_refit"),
+        ("policy", "join [0, 1]"), ("engines", "join [0]"), ("engines", "reset_refit"), ("engines", "commit_refit"),
     ],
 )  # fmt: skip
 def test_whatever_fails_every_engine_gives_it_up_and_the_next_refit_goes_through(side: str, step: str) -> None:
@@ -162,10 +190,25 @@ def test_whatever_fails_every_engine_gives_it_up_and_the_next_refit_goes_through
 
 def test_nothing_is_served_that_is_not_proven() -> None:
     policy, engines = Policy(["x", "x"]), Engines(["x"])
-    engines.sums = [(0, 0, 1, 3)]
+    engines.alter = lambda sums: [*sums[:-1], (*sums[-1][:3], 9)]
     with pytest.raises(RefitError, match="arrived at worker 0 with other bytes"):
         asyncio.run(refits_of(policy, engines).refit(3))
     assert "commit_refit" not in engines.log
+
+
+def test_a_process_that_is_gone_is_named_though_its_peers_were_heard_of_first() -> None:
+    policy, engines = Policy(["x", "x"], "exchange"), Engines(["y"])
+    engines.lost = ProcessDiedError(Process("rollout", 0), "its vLLM processes are gone", lost=True)
+    with pytest.raises(ProcessDiedError, match="rollout-0"):
+        asyncio.run(refits_of(policy, engines).refit(3))
+
+
+def test_a_worker_that_checked_less_than_all_in_the_first_refit_is_not_believed() -> None:
+    policy, engines = Policy(["x", "x"]), Engines(["x"])
+    engines.alter = lambda sums: sums[:-1]
+    with pytest.raises(RefitError, match="worker 0 checked 3 copies of 4"):
+        asyncio.run(refits_of(policy, engines).refit(3))
+    assert "reset_refit" not in engines.log
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_engines_alone() -> None:

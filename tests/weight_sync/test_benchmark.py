@@ -17,11 +17,11 @@ from benchmarks.refits.stack import Case
 from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.errors import UserError
 from megatron_fapo.plan.shapes import BUILT_IN
+from megatron_fapo.plan.targets import planned_target
 from megatron_fapo.policy.hf_config import ModelShape, read_model_shape
 from megatron_fapo.policy.source_index import planned_indexes
 from megatron_fapo.weight_sync.checkpoint import checkpoint_shapes
 from megatron_fapo.weight_sync.plan import Endpoint, make_plan
-from megatron_fapo.weight_sync.targets import planned_target
 
 SMALL = ModelShape(
     architecture="Qwen2ForCausalLM", layers=2, hidden=64, ffn=128, heads=4, kv_heads=2, head_dim=16, vocab=500,

@@ -53,6 +53,8 @@ def test_sums_are_compared_with_the_giver_and_givers_with_each_other():
         sums.add(0, 3, torch.arange(5.0))
         sums.add(2, 0, torch.ones(4, 2))
     require_equal_sums([one.read(), other.read()], [one.read(), other.read()[:1]])
+    with pytest.raises(RefitError, match="worker 1 checked 1 copies of 2"):
+        require_equal_sums([one.read()], [one.read(), other.read()[:1]], [2, 2])
     wrong = Sums()
     wrong.add(2, 0, torch.zeros(4, 2))
     with pytest.raises(RefitError, match="replicas of the policy hold different weights"):

@@ -64,7 +64,7 @@ class Process:
         if how == "write":
             self.memory.failing = True
         else:
-            self.end._group._post = lambda *_: time.sleep(60) if how == "hang" else os._exit(1)
+            self.end._group._carry = lambda *_: time.sleep(60) if how == "hang" else os._exit(1)
 
     def mend(self) -> None:
         self.memory.failing = False

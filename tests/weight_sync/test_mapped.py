@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from megatron_fapo.weight_sync.mapped import Exposer, Exposure, host_id, map_tensors, viewed
+from megatron_fapo.weight_sync.mapped import Exposer, Exposure, host_id, map_tensors, require_exportable_memory, viewed
 from megatron_fapo.weight_sync.protocol import RefitError
 from megatron_fapo.weight_sync.regions import View
 
@@ -104,11 +104,9 @@ def test_host_id_is_the_same_for_every_process_of_the_node():
 
 
 def test_expandable_segments_are_refused(monkeypatch):
-    from megatron_fapo.weight_sync.mapped import _expose_cuda
-
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True")
     with pytest.raises(RefitError, match="expandable_segments"):
-        _expose_cuda({})
+        require_exportable_memory()
 
 
 def test_an_exposure_survives_the_wire():

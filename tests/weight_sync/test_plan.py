@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from megatron_fapo.config.policy import ParallelConfig
 from megatron_fapo.plan.shapes import BUILT_IN
+from megatron_fapo.plan.targets import planned_target, target_problems
 from megatron_fapo.policy.hf_config import Experts, ModelShape, layout_problems
 from megatron_fapo.policy.source_index import planned_indexes
 from megatron_fapo.weight_sync.coverage import PlanError
 from megatron_fapo.weight_sync.plan import Copy, Endpoint, Plan, make_plan
 from megatron_fapo.weight_sync.predict import LinkRates, all_pull_s, broadcast_s, predict
 from megatron_fapo.weight_sync.regions import Index, Ints, LocalTensor, Region, View, volume
-from megatron_fapo.weight_sync.targets import planned_target, target_problems
 
 TINY = ModelShape(
     architecture="Qwen2ForCausalLM", layers=2, hidden=8, ffn=16, heads=4, kv_heads=2, head_dim=2, vocab=100,
@@ -233,7 +233,7 @@ def test_the_same_plan_whatever_the_hash_seed() -> None:
         import hashlib
         from megatron_fapo.plan.shapes import BUILT_IN
         from megatron_fapo.weight_sync.plan import Endpoint, make_plan
-        from megatron_fapo.weight_sync.targets import planned_target
+        from megatron_fapo.plan.targets import planned_target
         shape = BUILT_IN["Qwen2.5-0.5B"]
         one, two = ([planned_target(shape, n, rank, "bfloat16") for rank in range(n)] for n in (1, 2))
         both = (("policy", two), ("engine", one))

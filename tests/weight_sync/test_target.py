@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import struct
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,5 +96,20 @@ def test_a_card_s_tensors_are_exposed_once_while_they_stay(monkeypatch: pytest.M
     assert show(64) is first
     moved = show(128)
     assert moved is not first
-    exposer.conceal()
+    exposer.conceal(one_taker=True)
     assert show(128) is not moved, "its takers have let go: CUDA would not count them again"
+
+
+def test_counters_of_shared_memory_say_that_it_may_go(caplog: pytest.LogCaptureFixture) -> None:
+    """As torch keeps them: 64-bit numbers in a file of /dev/shm; -1 after two takers, read as unsigned, is huge."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.write(struct.pack("4q", 7, 1, -1, 9))
+        file.flush()
+        name = b"/" + Path(file.name).name.encode()
+        memories = tuple(("cuda_ipc", 16, b"handle", 16, 0, False, name, number, b"event", True) for number in (1, 2))
+        mapped._count_as_released(mapped.Exposure("host", memories, {}))
+        assert struct.unpack("4q", Path(file.name).read_bytes()) == (7, 0, 0, 9)
+    with caplog.at_level(logging.WARNING, "megatron_fapo"):
+        logging.getLogger("megatron_fapo").propagate = True
+        mapped._count_as_released(mapped.Exposure("host", memories, {}))
+    assert "counters cannot be set" in caplog.text

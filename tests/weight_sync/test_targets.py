@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_fapo.plan.shapes import BUILT_IN
+from megatron_fapo.plan.targets import planned_target
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.weight_sync.regions import Index
-from megatron_fapo.weight_sync.targets import planned_target
 from megatron_fapo.weight_sync.trace import trace_target
 from tests.weight_sync.vllm_ranks import Case, VllmRanks, build
 
