@@ -58,6 +58,9 @@ class PolicyActor:
     ) -> dict[str, Any]:
         """Build the model and join the process group. Collective. Returns facts about this rank."""
         import ray
+        import torch
+
+        from megatron_fapo.weight_sync.mapped import gpu_uuid
 
         if options.pop("in_cluster"):
             use_interface_of(ray.util.get_node_ip_address())
@@ -68,7 +71,7 @@ class PolicyActor:
             "data_rank": self.worker.data_rank,
             "reports": self.worker.reports,
             "exports": exports(state),
-            "gpu": _gpu_uuid(options["device"]),
+            "gpu": gpu_uuid(torch.device(self.worker.device)),
             "cards": ray.get_runtime_context().get_accelerator_ids()["GPU"] if options["device"] == "gpu" else [],
             "pid": os.getpid(),
         }
@@ -181,11 +184,3 @@ def copy_model_files(source: Path, target: Path, max_positions: int | None = Non
         path = target / "config.json"
         changed = json.loads(path.read_text()) | {"max_position_embeddings": max_positions}
         path.write_text(json.dumps(changed, indent=2) + "\n")
-
-
-def _gpu_uuid(device: str) -> str:
-    if device == "cpu":
-        return ""
-    import torch
-
-    return str(torch.cuda.get_device_properties(0).uuid)

@@ -132,8 +132,10 @@ def source_index(chunks: Sequence[Any], shape: ModelShape) -> Index:
 
     Raises:
         RefitError: a parameter or a persistent buffer that no rule knows, or a parameter of another shape than its
-            rule's: engines would go on with something else than what is trained.
+            rule's, or kept in another form than its elements: engines would go on with something else than what is
+            trained.
     """
+    import torch
     from megatron.core import parallel_state as state
 
     from megatron_fapo.policy.hf_weights import named_parameters, place_in_tensor_group
@@ -148,6 +150,8 @@ def source_index(chunks: Sequence[Any], shape: ModelShape) -> Index:
             problems.append(unknown.args[0])
             continue
         ranks, rank = place_in_tensor_group(rule)
+        if type(parameter.data) not in (torch.Tensor, torch.nn.Parameter):  # Transformer Engine's FP8 parameters
+            problems.append(f"parameter {name} is a {type(parameter.data).__name__}, whose memory is not its elements")
         tensor = LocalTensor(tuple(parameter.shape), str(parameter.dtype).removeprefix("torch."))
         if tensor.shape != rule.shape(ranks):
             problems.append(f"parameter {name} has shape {tensor.shape}, and by its rule {rule.shape(ranks)}")

@@ -60,6 +60,7 @@ class Refits:
         if self._plan is None:
             async with _timed(seconds, "plan_s"):
                 self._plan = await self._make_plan()
+            log.info("refits were planned in %.2f s", seconds["plan_s"])
         began = time.monotonic()
         try:
             await asyncio.wait_for(self._whole(version, seconds), self._config.timeout_s)

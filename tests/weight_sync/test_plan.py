@@ -230,7 +230,7 @@ def test_a_plan_of_1024_ranks_is_quick() -> None:
 
 def test_the_same_plan_whatever_the_hash_seed() -> None:
     code = """if True:
-        import hashlib
+        import hashlib, sys
         from megatron_fapo.plan.shapes import BUILT_IN
         from megatron_fapo.weight_sync.plan import Endpoint, make_plan
         from megatron_fapo.plan.targets import planned_target
@@ -239,6 +239,7 @@ def test_the_same_plan_whatever_the_hash_seed() -> None:
         both = (("policy", two), ("engine", one))
         sources, targets = ([Endpoint(f"{role}{i}", "", x) for i, x in enumerate(xs * 2)] for role, xs in both)
         print(hashlib.sha256(make_plan(sources, targets).to_json().encode()).hexdigest())
+        assert not {"torch", "vllm", "megatron", "ray"} & sys.modules.keys(), "planning needs none of them"
     """
     runs = [
         subprocess.Popen(

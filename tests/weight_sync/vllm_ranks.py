@@ -117,13 +117,11 @@ def contents(model: Any) -> dict[str, torch.Tensor]:
     found = {name: tensor.detach().clone() for name, tensor in found.items()}
     for name, layer in model.named_modules():
         if hasattr(layer, "cpu_linear"):
-            width = getattr(layer, "input_size_per_partition", HIDDEN)
+            width = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
             found[f"{name}.packed"] = layer.cpu_linear(torch.eye(width), layer.weight, None)
-        for experts, width in (("gate_up_linear", HIDDEN), ("down_linear", None)):
+        for experts, width in (("gate_up_linear", "hidden_dim"), ("down_linear", "intermediate_size_per_partition")):
             for i, packed in enumerate(getattr(layer, experts, ())):
-                found[f"{name}.{experts}.{i}"] = packed(
-                    torch.eye(width or layer.moe_config.intermediate_size_per_partition)
-                )
+                found[f"{name}.{experts}.{i}"] = packed(torch.eye(getattr(layer.moe_config, width)))
     return found
 
 
