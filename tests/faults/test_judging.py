@@ -20,7 +20,7 @@ from tests.faults.test_client import SOUND, always, in_turn, judge, reason, run
 
 def seconds_are_known(client: GenRMClient, seconds: float) -> None:
     for _ in range(ENOUGH):
-        client._asker.latencies.add(seconds)
+        client._latencies.add(seconds)
 
 
 def test_a_slow_request_gets_a_second_one_and_the_first_answer_counts() -> None:
