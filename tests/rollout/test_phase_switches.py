@@ -24,6 +24,7 @@ READING = Reading({7: HELD}, 1, 0.0, {"memory/train/optimizer_gib": 1.0, "memory
         (replace(READING, processes={7: replace(HELD, shared_maps=2)}), "has 1 shared_maps more"),
         (replace(READING, processes={7: HELD, 9: HELD}), "(9) is new"),
         (replace(READING, stored_objects=46), "object store has 45 objects more"),
+        (replace(READING, stored_mib=2.6), "object store has 2.6 MiB more"),
         (
             replace(READING, ledger=READING.ledger | {"memory/train/optimizer_gib": 1.001}),
             "optimizer_gib has 1.02",
@@ -37,7 +38,7 @@ def test_what_a_switch_leaves_behind_is_named(late: Reading, named: str) -> None
 
 def test_what_settles_is_not_called_residue() -> None:
     settled = replace(HELD, resident_mib=530.0, files=71, threads=30)
-    assert residue(READING, replace(READING, processes={7: settled}, stored_objects=2)) == []
+    assert residue(READING, replace(READING, processes={7: settled}, stored_objects=2, stored_mib=0.002)) == []
 
 
 def test_fifteen_switches_leave_nothing_behind(engine: Engine, tmp_path: Path) -> None:

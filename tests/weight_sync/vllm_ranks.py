@@ -117,7 +117,8 @@ def contents(model: Any) -> dict[str, torch.Tensor]:
     found = {name: tensor.detach().clone() for name, tensor in found.items()}
     for name, layer in model.named_modules():
         if hasattr(layer, "cpu_linear"):
-            width = getattr(layer, "input_size_per_partition", None) or layer.embedding_dim
+            names = ("input_size_per_partition", "input_size", "embedding_dim")
+            width = next(getattr(layer, size) for size in names if hasattr(layer, size))
             found[f"{name}.packed"] = layer.cpu_linear(torch.eye(width), layer.weight, None)
         for experts, width in (("gate_up_linear", "hidden_dim"), ("down_linear", "intermediate_size_per_partition")):
             for i, packed in enumerate(getattr(layer, experts, ())):
