@@ -37,7 +37,7 @@ class GatheringPolicy(ReferencePolicy):
     """A policy rank that tells what it gathers."""
 
     def gathered(self) -> dict[str, str]:
-        return {name: digest(tensor) for name, tensor in whole_model(self._up, self.stages)}
+        return {name: digest(tensor) for name, tensor in whole_model(self._up, self.native_stages)}
 
 
 async def _samples(pool: RolloutPool) -> dict[Any, tuple[Any, Any]]:
