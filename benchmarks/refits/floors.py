@@ -39,7 +39,7 @@ class FloorPolicy(ReferencePolicy):
     def conceal_floor(self) -> None:
         """Give that memory back."""
         del self._floor
-        self._floor_exposer.conceal()
+        self._floor_exposer.conceal(one_taker=False)
         self._floor_exposer.close()
 
     def keep_store(self) -> int:
