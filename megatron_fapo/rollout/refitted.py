@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ class VLLMDiedError(RuntimeError):
     """vLLM's own processes have ended, and with them the engine, though its actor lives."""
 
 
-class Refitted:
+class Refitted(ABC):
     """The part of a RolloutEngine that takes new weights."""
 
     config: RolloutConfig
@@ -32,14 +33,17 @@ class Refitted:
     _store: tuple[str, int] | None = None
     """Where the group meets that exchanges weights."""
 
+    @abstractmethod
     async def pause(self) -> None:
-        raise NotImplementedError
+        """Freeze generation."""
 
+    @abstractmethod
     async def resume(self) -> None:
-        raise NotImplementedError
+        """Let it go on."""
 
+    @abstractmethod
     async def _ask(self, call: Coroutine[Any, Any, Any]) -> Any:
-        raise NotImplementedError
+        """Await a call to vLLM's core."""
 
     async def target_indexes(self) -> list[str]:
         """What every worker of this engine wants of the HF checkpoint: an `Index` as JSON each.

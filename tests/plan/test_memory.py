@@ -51,10 +51,9 @@ def test_allocations_are_within_five_percent(
         for part in ("weights", "gradients"):
             assert predicted[part] == real[part]
         assert real["optimizer"] <= predicted["optimizer"] <= 1.01 * real["optimizer"]
+        assert abs(row["train"]["error"]) < 0.05, row["train"]
         # gloo's threads let go of tensors when they get to it, which differs from run to run.
-        tolerance = 0.05 if world == 1 else 0.1
-        assert abs(row["train"]["error"]) < tolerance, row["train"]
-        assert abs(row["logprobs"]["error"]) < tolerance, row["logprobs"]
+        assert abs(row["logprobs"]["error"]) < (0.05 if world == 1 else 0.1), row["logprobs"]
 
 
 MOE = dataclasses.replace(BUILT_IN["Qwen3-4B"], experts=Experts(count=8, per_token=2, ffn=512, normalised=True))
