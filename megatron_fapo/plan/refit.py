@@ -19,7 +19,7 @@ from megatron_fapo.plan.targets import planned_target, target_problems
 from megatron_fapo.policy.hf_config import layout_problems
 from megatron_fapo.policy.source_index import planned_indexes
 from megatron_fapo.weight_sync.plan import LINKS, Endpoint, make_plan
-from megatron_fapo.weight_sync.predict import LinkRates, predict
+from megatron_fapo.weight_sync.predict import LinkRates, all_pull_s, broadcast_s, predict
 from megatron_fapo.weight_sync.regions import Index
 
 TRAIN = {
@@ -67,6 +67,7 @@ def refit_command(
     prediction = predict(
         plan, sources, targets, links, node_messages=not cpu, bucket_bytes=WeightSyncConfig().bucket_mb * 2**20
     )
+    nbytes = shape.parameters * (4 if cpu else 2)
     found: dict[str, Any] = {
         "model": origin,
         "train": policy,
@@ -84,6 +85,10 @@ def refit_command(
             "node": prediction.node_s,
             "network": prediction.network_s,
             "fill": prediction.fill_s,
+        },
+        "instead_s": {
+            "every_replica_pulls": all_pull_s(nbytes, replicas, min(plan.sources, plan.targets), links),
+            "one_rank_sends": broadcast_s(nbytes, links),
         },
         "limits": prediction.limits,
         "critical": prediction.critical,
@@ -131,6 +136,11 @@ def _numbers(option: str, text: str, known: Sequence[str] | Mapping[str, str], p
     return found
 
 
+def _instead(seconds: Mapping[str, float]) -> str:
+    pulled, sent = seconds["every_replica_pulls"], seconds["one_rank_sends"]
+    return f"instead, over the network: every replica pulls a copy {pulled:.3f} s, one rank sends all {sent:.3f} s"
+
+
 def _lines(found: Mapping[str, Any]) -> list[str]:
     ranks, seconds = found["ranks"], found["predicted_parts_s"]
     lines = [
@@ -149,5 +159,6 @@ def _lines(found: Mapping[str, Any]) -> list[str]:
         f"predicted {found['predicted_s']:.3f} s ({seconds['fill']:.3f} s of it filling the chains), bytes over minimum"
         f" {found['bytes_over_minimum']:.3f}",
         f"limit: {found['limits']}, {found['critical']}",
+        *([_instead(found["instead_s"])] if found["bytes"]["network"] else []),
         f"rates of {found['kind']}, GB/s: {rates}",
     ]

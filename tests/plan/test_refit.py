@@ -30,6 +30,7 @@ def test_a_refit_is_planned_printed_and_written(tmp_path: Path, capsys: pytest.C
     assert plan["limits"] == "network"
     assert 0.18 < plan["predicted_s"] < 0.2
     assert plan["plan_seconds"] > 0
+    assert plan["predicted_s"] < plan["instead_s"]["every_replica_pulls"] < plan["instead_s"]["one_rank_sends"]
     assert main([*LARGE, *layout, "--colocated", "--kind", "h200", "--json", str(file)]) == 0
     colocated = json.loads(file.read_text())
     assert colocated["bytes"]["local"] > 0
