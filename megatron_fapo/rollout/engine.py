@@ -284,6 +284,10 @@ class RolloutEngine(Refitted):
                 if self._llm.errored:
                     raise VLLMDiedError("vLLM's core ended before it answered")
             return task.result()
+        except Exception as error:  # once its end is known, vLLM refuses the call
+            if self._llm.errored and not isinstance(error, VLLMDiedError):
+                raise VLLMDiedError(f"vLLM's core is gone: {error}") from error
+            raise
         finally:
             task.cancel()
 

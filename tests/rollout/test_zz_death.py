@@ -14,13 +14,19 @@ import pytest
 from megatron_fapo.errors import UserError
 from megatron_fapo.rollout.engine import EngineDiedError
 from megatron_fapo.rollout.pool import RolloutPool
-from tests.rollout.conftest import make_prompts
+from tests.rollout.conftest import make_prompts, run
 
 
 def test_killed_engine_is_named_with_its_log_and_leaves_no_process(engine):
     pid = engine.facts["pid"]
     tree = [process.pid for process in psutil.Process(pid).children(recursive=True)]
     assert len(tree) >= 2, "the guard and the engine core"
+    core = next(each for each in psutil.Process(pid).children(recursive=True) if "EngineCore" in each.name())
+    core.kill()
+    for call in (lambda: engine.generate(make_prompts(2)), lambda: run(engine.pool.pause())):
+        with pytest.raises(EngineDiedError, match="its vLLM processes are gone") as death:
+            call()
+        assert death.value.lost, "another attempt may go on elsewhere, whatever the engine was asked"
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(
         EngineDiedError,
