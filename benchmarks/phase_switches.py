@@ -94,7 +94,7 @@ def read(ledger: Mapping[str, float]) -> Reading:
 
     gc.collect()
     me = psutil.Process()
-    processes = {process.pid: held for process in (me, *me.children(recursive=True)) if (held := _held(process))}
+    processes = {process.pid: mine for process in (me, *me.children(recursive=True)) if (mine := held(process))}
     nodes = [(node["NodeManagerAddress"], node["NodeManagerPort"]) for node in ray.nodes()]
     stores = [node_stats(*node).store_stats for node in nodes]
     sizes = {name: value for name, value in ledger.items() if name.endswith("_gib")}
@@ -102,7 +102,8 @@ def read(ledger: Mapping[str, float]) -> Reading:
     return Reading(processes, sum(store.num_local_objects for store in stores), used, sizes)
 
 
-def _held(process: psutil.Process) -> Held | None:
+def held(process: psutil.Process) -> Held | None:
+    """What a process holds now; None: it has ended since it was listed."""
     try:
         maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
         words = [Path(word).name for word in process.cmdline()]
@@ -111,7 +112,7 @@ def _held(process: psutil.Process) -> Held | None:
         shared = sum(any(mark in line for mark in SHARED) for line in maps)
         return Held(title, round(resident, 1), process.num_fds(), threads, shared)
     except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-        return None  # it has ended since it was listed
+        return None
 
 
 async def switch(cluster: Cluster, version: int) -> dict[str, float]:

@@ -2,13 +2,13 @@
 # A run over two Ray nodes of one card each on a host of two GPUs: the policy on the first, engine and GenRM on the
 # second, so that each refit goes from node to node as messages, checksums compared every time.
 #
-#   benchmarks/two_ray_nodes.sh MODEL PROMPTS OUT [section.key=value ...]
+#   benchmarks/gpu/two_ray_nodes.sh MODEL PROMPTS OUT [section.key=value ...]
 #
 # MODEL is an HF checkpoint of about 0.5B parameters, policy and judge alike; PROMPTS rows in the recipe's schema.
 set -euo pipefail
 model=$1 prompts=$2 out=$3
 shift 3
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$0")/../.." && pwd)
 fapo=${FAPO:-$here/.venv/bin/fapo} python=${PYTHON:-$here/.venv/bin/python}
 RAY_AUTH_TOKEN=$(head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n')
 export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_raylet_start_wait_time_s=120 RAY_ADDRESS=127.0.0.1:23456

@@ -2,7 +2,7 @@
 # Baseline against FAPO, judged by the oracle and by a GenRM trained here, with a real pretrained model on one GPU.
 #
 #   [SEEDS="1 2"] [STEPS=100] [WARMUP_STEPS=120] [GSM8K=gsm8k-test.parquet] \
-#       benchmarks/one_gpu_windtunnel.sh MODEL OUT [SECONDS]
+#       benchmarks/gpu/one_gpu_windtunnel.sh MODEL OUT [SECONDS]
 #
 # MODEL is an HF checkpoint (Qwen2, Qwen3 or Llama architecture) of about 0.5B parameters. After SECONDS what runs is
 # asked to save and stop, and this exits 75: the same command goes on. A warm-up starts anew, so each of the two must fit
@@ -10,7 +10,7 @@
 # accuracy of every trained policy on it, in OUT/gsm8k.
 set -euo pipefail
 model=$1 out=$2 limit=${3:-86400}
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$0")/../.." && pwd)
 fapo=${FAPO:-$here/.venv/bin/fapo} python=${PYTHON:-$here/.venv/bin/python}
 steps=${WARMUP_STEPS:-120}
 read -ra seeds <<<"${SEEDS:-1}"
