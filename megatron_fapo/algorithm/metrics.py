@@ -127,8 +127,37 @@ def majority_correct(group: Group, vote_key: Callable[[str], str] = str.strip) -
     return statistics.fmean([statistics.fmean(v) for v in votes.values() if len(v) == most] or [0.0])
 
 
-def mismatch_metrics(old_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """How far the policy's log-probabilities are from the rollout engine's, for one and the same weights.
+def token_ages(lengths: Sequence[int], versions: Sequence[Sequence[tuple[int, int]]], version: int) -> Tensor:
+    """Of every response token of samples, one after the other, how many versions before `version` it was sampled.
+
+    Args:
+        lengths: tokens of each sample.
+        versions: whose weights they come from (Sample.versions).
+    """
+    ages, counts = [], []
+    for length, starts in zip(lengths, versions, strict=True):
+        ends = [*(token for token, _ in starts[1:]), length]
+        ages += [version - born for _, born in starts]
+        counts += [end - start for (start, _), end in zip(starts, ends, strict=True)]
+    return torch.repeat_interleave(torch.tensor(ages, dtype=torch.long), torch.tensor(counts, dtype=torch.long))
+
+
+def staleness_metrics(ages: Tensor, versions: Sequence[Sequence[tuple[int, int]]]) -> dict[str, float]:
+    """How old trained tokens are (`token_ages`), and how many samples come from more than one version."""
+    if not ages.numel():
+        return {}
+    values, counts = ages.unique(return_counts=True)
+    shares = (counts / ages.numel()).tolist()
+    metrics = {"mean": ages.double().mean().item(), "max": float(ages.max())}
+    metrics |= {f"share_{age}": share for age, share in zip(values.tolist(), shares, strict=True)}
+    metrics["crossed_share"] = statistics.fmean(len(starts) > 1 for starts in versions)
+    return {f"staleness/{name}": value for name, value in metrics.items()}
+
+
+def mismatch_metrics(
+    old_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, prefix: str = "mismatch"
+) -> dict[str, float]:
+    """How far the policy's log-probabilities are from the rollout engine's: of one version by rounding alone.
 
     All three share one shape; `mask` is bool and selects response tokens. Maximum and correlation do not add over
     ranks, so pass all tokens of a step at once. Empty when no token is selected.
@@ -139,18 +168,18 @@ def mismatch_metrics(old_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Ten
     gap = old - behaviour
     bounded = gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     metrics = {
-        "mismatch/abs_mean": gap.abs().mean().item(),
-        "mismatch/abs_max": gap.abs().max().item(),
-        "mismatch/kl_k1": -gap.mean().item(),
-        "mismatch/kl_k3": (bounded.exp() - 1 - bounded).mean().item(),
-        "mismatch/token_mult_prob_error": bounded.abs().exp().mean().item(),
+        "abs_mean": gap.abs().mean().item(),
+        "abs_max": gap.abs().max().item(),
+        "kl_k1": -gap.mean().item(),
+        "kl_k3": (bounded.exp() - 1 - bounded).mean().item(),
+        "token_mult_prob_error": bounded.abs().exp().mean().item(),
     }
     probs = torch.stack([old.exp(), behaviour.exp()])
     centred = probs - probs.mean(dim=1, keepdim=True)
     norms = centred.norm(dim=1)
     if bool((norms > 0).all()):
-        metrics["mismatch/prob_correlation"] = ((centred[0] @ centred[1]) / norms.prod()).item()
-    return metrics
+        metrics["prob_correlation"] = ((centred[0] @ centred[1]) / norms.prod()).item()
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def _checked(group: Group) -> list[bool]:

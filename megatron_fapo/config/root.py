@@ -154,6 +154,21 @@ RULES = (
         "engines that take turns fall asleep, and samples in flight are lost: set in_flight to false",
     ),
     Rule(
+        ("training.asynchrony.max_staleness", "algorithm.tis_cap"),
+        lambda c: c.training.asynchrony.max_staleness > 0 and c.algorithm.tis_cap is None,
+        "samples of older versions need importance weights: set tis_cap, such as 2.0, or max_staleness to 0",
+    ),
+    Rule(
+        ("training.asynchrony.max_staleness", "rollout.colocated", "policy.offload", "genrm.colocated"),
+        lambda c: (
+            c.training.asynchrony.max_staleness > 0
+            and (c.rollout.colocated or c.policy.offload or judges_take_turns(c))
+        ),
+        "engines generate while the policy is updated, and cannot take turns: give policy, engines and judges GPUs of "
+        "their own (all three false), or a gpu_share of each, or set max_staleness to 0",
+        ("train",),
+    ),
+    Rule(
         ("rollout.colocated", "rollout.replicas", "rollout.tensor_parallel", "policy.parallel"),
         lambda c: c.rollout.colocated and c.rollout.replicas * c.rollout.tensor_parallel > c.policy.parallel.world_size,
         "colocated engines have the GPUs of the policy's ranks, one engine on each: lower replicas or tensor_parallel",

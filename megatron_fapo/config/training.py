@@ -33,6 +33,14 @@ class CheckpointConfig(Section):
     """Token budget of the best checkpoint: mean response tokens of the same evaluation, at most."""
 
 
+class AsynchronyConfig(Section):
+    max_staleness: int = Field(0, ge=0)
+    """Versions, that is steps, by which a sample may be older than the policy that it trains, counted from the version
+    that began it: so many of the next steps are generated while the policy is updated. 1 is one-step-off. 0: engines
+    wait while the policy is updated, and the policy while they generate. Above 0 together with algorithm.tis_cap, and
+    where nobody takes turns. `weight_sync.in_flight`: whether new weights go in between the tokens of samples."""
+
+
 class TrainingConfig(Section):
     steps: int = Field(200, ge=1)
     """Rollout-and-train steps of the run, resumed ones included."""
@@ -40,6 +48,7 @@ class TrainingConfig(Section):
     """Prompts of one rollout."""
     prompts_per_mini_batch: int = Field(32, ge=1)
     """Groups of one optimizer update; must divide prompts_per_step."""
+    asynchrony: AsynchronyConfig = AsynchronyConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_samples_every_steps: int = Field(1, ge=0)

@@ -24,7 +24,7 @@ class WeightSyncConfig(Section):
     """Every so many refits all copies are. In the first refit of a run they always are. 0: in no other."""
     in_flight: bool = False
     """Engines may be refitted while they generate: samples wait, the new weights read what they said so far, and go on;
-    a sample's `later_versions` says from which token on. False: a refit is refused while samples are in flight. The
-    loop of `fapo train` refits between rollouts, when none are."""
+    a sample's `later_versions` says from which token on. False: refits wait until none are in flight. Without
+    training.asynchrony none ever are."""
     timeout_s: float = Field(600.0, gt=0)
     """Seconds for a whole refit; then all give it up, and the engines are stale."""

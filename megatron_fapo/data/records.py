@@ -57,6 +57,11 @@ class Sample:
     """(token, version) of each refit in flight (`weight_sync.in_flight`): that token and those after it come from the
     later weights, which have read all that stands before."""
 
+    @property
+    def versions(self) -> tuple[tuple[int, int], ...]:
+        """(token, version) of all versions: each from that token on, the first from 0."""
+        return ((0, self.weight_version), *self.later_versions)
+
 
 @dataclass(frozen=True)
 class JudgeRequest:

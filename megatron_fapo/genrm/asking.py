@@ -69,6 +69,7 @@ class Case:
     wait: Wait
     name: str
     began: float
+    counters: Counters
     requests: int = 0
     history: list[JudgeRequest] = field(default_factory=list)
 
@@ -115,11 +116,10 @@ class Asker:
         config: GenRMConfig,
         servers: Membership,
         dispatcher: Dispatcher,
-        counters: Counters,
         latencies: Latencies,
     ) -> None:
         self._config, self._servers, self._dispatcher = config, servers, dispatcher
-        self._counters, self._latencies = counters, latencies
+        self._latencies = latencies
         self._critique_tokens = float(EXPECTED_CRITIQUE_TOKENS)
         self._budget = HedgeBudget(config.hedge_share)
 
@@ -135,7 +135,7 @@ class Asker:
                 prompt=critique.prompt,
                 prompt_tokens=critique.prompt_tokens,
             )
-            self._counters.observe("queue", time.monotonic() - began)
+            case.counters.observe("queue", time.monotonic() - began)
             case.deadline.start()
             outcome = await self._hedged(place, case, critique, max_tokens)
             if isinstance(outcome, Answered):
@@ -159,7 +159,7 @@ class Asker:
             if not self._budget.spend():
                 self._dispatcher.leave(other, Effect.NOTHING)
                 return None
-            self._counters.add("hedged")
+            case.counters.add("hedged")
             return await self._request(
                 other, case, critique, max_tokens, Cut(self._config.request_timeout_s), hedge=True
             )
@@ -180,7 +180,7 @@ class Asker:
             outcome = await self._request(place, case, critique, max_tokens, cut)
             if isinstance(outcome, Failure) and hedge is not None:
                 outcome = await hedge or outcome
-                self._counters.add("hedges_won", isinstance(outcome, Answered))
+                case.counters.add("hedges_won", isinstance(outcome, Answered))
             return outcome
         finally:
             if timer is not None:
@@ -229,8 +229,8 @@ class Asker:
         case.requests += 1
         critique.requests += 1
         case.wait.whom, case.wait.detail = server, f"{case.name}, request {case.requests}"
-        self._counters.add("requests")
-        self._counters.add("retries", critique.requests > 1 and not hedge)
+        case.counters.add("requests")
+        case.counters.add("retries", critique.requests > 1 and not hedge)
         began = time.monotonic()
         outcome: Answer | Failure = Failure(FailureKind.CANCELLED, "nobody waits for it any more")
         try:
@@ -241,7 +241,7 @@ class Asker:
             what, tokens, text = "answered", 0, ""
             if isinstance(outcome, Failure):
                 what, text = outcome.kind, outcome.detail[:TEXT_KEPT]
-                self._counters.add(f"failed/{what}")
+                case.counters.add(f"failed/{what}")
             else:
                 tokens, text = outcome.completion_tokens, outcome.critique
             case.history.append(
@@ -261,9 +261,9 @@ class Asker:
         if isinstance(outcome, Failure):
             return outcome
         self._latencies.add(took_s)
-        self._counters.observe("request", took_s)
-        self._counters.add("completion_tokens", tokens)
-        self._counters.add("prompt_tokens", outcome.prompt_tokens)
+        case.counters.observe("request", took_s)
+        case.counters.add("completion_tokens", tokens)
+        case.counters.add("prompt_tokens", outcome.prompt_tokens)
         return Answered(outcome, server, len(case.history) - 1)
 
 

@@ -24,6 +24,7 @@ from megatron_fapo.data.paragraphs import split_paragraphs
 from megatron_fapo.data.records import Verdict
 from megatron_fapo.genrm.asking import Asker, Case, Critique
 from megatron_fapo.genrm.ballot import Ballot
+from megatron_fapo.genrm.counters import Book, Counters
 from megatron_fapo.genrm.front import PoolFront
 from megatron_fapo.genrm.prompts import CHARS_PER_TOKEN, judge_messages, windows_of
 from megatron_fapo.genrm.transport import Failure, FailureKind
@@ -72,31 +73,33 @@ class GenRMClient(PoolFront):
 
     def __init__(self, urls: Sequence[str], config: GenRMConfig) -> None:
         super().__init__(urls, config)
-        self._asker = Asker(config, self._members, self._dispatcher, self.counters, self._latencies)
+        self._asker = Asker(config, self._members, self._dispatcher, self._latencies)
         self._places = asyncio.Semaphore(MOST_JUDGEMENTS)
-        self._shared: dict[str, _Shared] = {}
-        self._answered: dict[str, int] = {}
-        """Tokens that each server had answered when the step began."""
+        self._judging: set[asyncio.Task[Verdict | Unscored]] = set()
 
     async def judge(
-        self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = ""
+        self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = "", book: Book | None = None
     ) -> Verdict | Unscored:
         """The verdict of one right answer. Identical judgements within a step share one; failures are not kept.
 
         Judgements that differ in `vote` alone are different ones, with seeds of their own. `name` is the sample's, for
-        whoever asks what the driver waits for.
+        whoever asks what the driver waits for. `book` is the step's, the last that began if none is given.
 
         Raises:
             PoolEmptyError: no server has answered anybody for genrm.pool_empty_timeout_s.
         """
         again = (str(vote),) if vote else ()
         key = _content_key(self._config.prompt_form, question, ground_truth, solution, *again)
-        shared = self._shared.get(key)
-        if shared is None:
+        book = book or self.book
+        if key not in book.shared:
             asked = _Question(key, question, ground_truth, solution, split_paragraphs(solution))
-            shared = self._shared[key] = _Shared(asyncio.create_task(self._judge(asked, name), name="genrm judgement"))
+            task = asyncio.create_task(self._judge(asked, name, book.counters), name="genrm judgement")
+            book.shared[key] = _Shared(task)
+            self._judging.add(task)
+            task.add_done_callback(self._judging.discard)
         else:
-            self.counters.add("shared")
+            book.counters.add("shared")
+        shared: _Shared = book.shared[key]
         shared.waiting += 1
         kept = False
         try:
@@ -106,55 +109,52 @@ class GenRMClient(PoolFront):
         finally:
             shared.waiting -= 1
             abandoned = shared.waiting == 0 and not shared.task.done()
-            if (abandoned or (shared.task.done() and not kept)) and self._shared.get(key) is shared:
-                del self._shared[key]
+            if (abandoned or (shared.task.done() and not kept)) and book.shared.get(key) is shared:
+                del book.shared[key]
             if abandoned:
                 shared.task.cancel()
                 await asyncio.wait([shared.task])
 
-    def begin_step(self) -> None:
-        """Forgets finished judgements and starts the metrics anew."""
-        self._shared = {key: shared for key, shared in self._shared.items() if not shared.task.done()}
-        self._answered = {server.url: server.answered_tokens for server in self._pool.present()}
-        super().begin_step()
+    def begin_step(self) -> Book:
+        """Starts metrics anew, and judges identical samples anew; steps that still run go on in their own books."""
+        book = super().begin_step()
+        book.answered = {server.url: server.answered_tokens for server in self._pool.present()}
+        return book
 
-    def metrics(self) -> dict[str, float]:
-        counts, values = self.counters.counts, super().metrics()
+    def metrics(self, book: Book | None = None) -> dict[str, float]:
+        book = book or self.book
+        counts, values = book.counters.counts, super().metrics(book)
         values["genrm/completion_tokens_mean"] = counts["completion_tokens"] / max(1, counts["answered"])
         servers = self._pool.present()
-        answered = [s.answered_tokens - self._answered.get(s.url, 0) for s in servers if s.down_since is None]
+        answered = [s.answered_tokens - book.answered.get(s.url, 0) for s in servers if s.down_since is None]
         if any(answered):
             values["genrm/load_imbalance"] = max(answered) * len(answered) / sum(answered)
         return values
 
     async def close(self) -> None:
         """Cancels what is under way and closes every connection."""
-        tasks = [shared.task for shared in self._shared.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        self._shared = {}
+        await _cancel(self._judging.copy())
         await super().close()
 
-    async def _judge(self, asked: _Question, name: str) -> Verdict | Unscored:
+    async def _judge(self, asked: _Question, name: str, counters: Counters) -> Verdict | Unscored:
         async with self._places:
-            self.counters.add("called")
+            counters.add("called")
             began = time.monotonic()
             with WAITS.on("genrm.verdict", "a GenRM server with room", name) as wait:
                 outcome: Verdict | Unscored
                 try:
                     async with self._deadlines.one() as deadline:
-                        case = Case(deadline, wait, name, began)
+                        case = Case(deadline, wait, name, began, counters)
                         outcome = await self._by_votes(case, asked)
                 except TimeoutError:
                     last = [f"{each.outcome}: {each.text[-200:]}" for each in case.history[-3:]]
                     what = "; ".join([f"no verdict within {self._config.deadline_s:g} s", *last])
                     outcome = Unscored(Reason.GENRM_DEADLINE, what)
             if isinstance(outcome, Verdict):
-                self.counters.add("answered")
-                self.counters.observe("latency", outcome.latency_s)
+                counters.add("answered")
+                counters.observe("latency", outcome.latency_s)
             else:
-                self.counters.add("unscored")
+                counters.add("unscored")
                 outcome = replace(outcome, history=tuple(case.history))
                 log.debug("unscored: %s: %s", outcome.reason, outcome.detail)
             return outcome
@@ -185,8 +185,8 @@ class GenRMClient(PoolFront):
             return failed
         index, finding = decision
         if self._config.votes > 1:
-            self.counters.add("votes", ballot.cast)
-            self.counters.share("agreement", ballot.agreement())
+            case.counters.add("votes", ballot.cast)
+            case.counters.share("agreement", ballot.agreement())
         return Verdict(
             index,
             finding.critique,
@@ -215,7 +215,7 @@ class GenRMClient(PoolFront):
             windows = windows_of(asked.question, asked.ground_truth, asked.solution, int(budget), overlap)
             if windows is None:
                 return Unscored(Reason.GENRM_CONTEXT, f"prompts of {budget:.0f} characters cannot hold its paragraphs")
-            self.counters.add("windows", len(windows))
+            case.counters.add("windows", len(windows))
             finding = await self._in_windows(case, asked, windows, vote)
             if not _too_long(finding):
                 break
@@ -262,7 +262,7 @@ class GenRMClient(PoolFront):
             case.says(outcome.booked, str(index).removeprefix("genrm_"))
             if isinstance(index, int):
                 return _Finding(index, answer.critique, outcome.server)
-            self.counters.add(index.removeprefix("genrm_"))
+            case.counters.add(index.removeprefix("genrm_"))
             unread = Unscored(index, f"critique ends: {answer.critique[-200:]!r}")
             cut = index is Reason.GENRM_TRUNCATED
             # Greedy, the same critique would come again; only one that was cut may end in a larger room.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_fapo.config.genrm import GenRMConfig
-from megatron_fapo.genrm.counters import Counters
+from megatron_fapo.genrm.counters import Book, Counters, Totals
 from megatron_fapo.genrm.deadlines import Deadlines
 from megatron_fapo.genrm.dispatch import Dispatcher
 from megatron_fapo.genrm.hedging import Latencies
@@ -21,7 +21,9 @@ class PoolFront:
         urls = [url.rstrip("/") for url in urls]
         self._pool = ServerPool(urls, config.max_concurrent_per_server)
         self._dispatcher = Dispatcher(self._pool)
-        self.counters = Counters()
+        self.totals = Totals()
+        self.book = Book(Counters(self.totals))
+        """Of the step that began last, and of whoever names none."""
         self._latencies = Latencies()
         self._deadlines = Deadlines(config.deadline_s)
         self._members = Membership(
@@ -48,14 +50,15 @@ class PoolFront:
         """The servers beside those of a judge service, where some have moved, come or gone."""
         self._members.set_fixed([url.rstrip("/") for url in urls])
 
-    def begin_step(self) -> None:
-        """Starts the metrics anew."""
-        self.counters.clear()
+    def begin_step(self) -> Book:
+        """Starts metrics anew; those of steps that still run go on in their own books."""
+        self.book = Book(Counters(self.totals))
+        return self.book
 
-    def metrics(self) -> dict[str, float]:
-        """`genrm/...` since the step began; docs/genrm.md lists them."""
+    def metrics(self, book: Book | None = None) -> dict[str, float]:
+        """`genrm/...` of a step; docs/genrm.md lists them."""
         values = dict.fromkeys(("genrm/called", "genrm/answered", "genrm/unscored", "genrm/retries"), 0.0)
-        values |= self.counters.metrics("genrm")
+        values |= (book or self.book).counters.metrics("genrm")
         alive = [server.down_since is None for server in self._pool.present()]
         return values | {
             "genrm/servers_alive": float(sum(alive)),

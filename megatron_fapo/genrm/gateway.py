@@ -25,6 +25,7 @@ from aiohttp import web
 from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.data.records import JudgeRequest
 from megatron_fapo.genrm.asking import COSTS_NO_ATTEMPT, EFFECTS, EXPECTED_CRITIQUE_TOKENS, TEXT_KEPT, back_off
+from megatron_fapo.genrm.counters import Book, Counters
 from megatron_fapo.genrm.deadlines import Deadline
 from megatron_fapo.genrm.front import PoolFront
 from megatron_fapo.genrm.membership import PoolEmptyError
@@ -52,8 +53,8 @@ _REASONS = {FailureKind.CONTEXT: Reason.GENRM_CONTEXT, FailureKind.HTTP_4XX: Rea
 class Visit:
     """One call of a compute_score, and what it has asked so far."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self.began = name, time.monotonic()
+    def __init__(self, name: str, counters: Counters) -> None:
+        self.name, self.counters, self.began = name, counters, time.monotonic()
         self.address = ""
         """`host:port`"""
         self.clock: Deadline | None = None
@@ -100,8 +101,9 @@ class Gateway(PoolFront):
         self._places = asyncio.Semaphore(_visits(len(self._pool.servers) * self._config.max_concurrent_per_server))
 
     @asynccontextmanager
-    async def visit(self, name: str) -> AsyncIterator[Visit]:
-        """An address for one call of a function, until the end of it. `name` is the sample's.
+    async def visit(self, name: str, book: Book | None = None) -> AsyncIterator[Visit]:
+        """An address for one call of a function, until the end of it. `name` is the sample's, `book` the step's: the
+        last that began, if none is given.
 
         Raises:
             PoolEmptyError: no server has answered anybody for genrm.pool_empty_timeout_s.
@@ -110,7 +112,7 @@ class Gateway(PoolFront):
         async with self._places:
             listener = socket.create_server((HOST, 0))
             port = listener.getsockname()[1]
-            visit = self._visits[port] = Visit(name)
+            visit = self._visits[port] = Visit(name, (book or self.book).counters)
             visit.address = f"{HOST}:{port}"
             server = await asyncio.get_running_loop().create_server(self._web, sock=listener)
             try:
@@ -150,7 +152,7 @@ class Gateway(PoolFront):
 
     async def _relay(self, visit: Visit, request: web.BaseRequest) -> tuple[int, Any]:
         """Status and JSON of the answer; books what became of it."""
-        self.counters.add("called")
+        visit.counters.add("called")
         began = time.monotonic()
         outcome: Any | Failure = Failure(FailureKind.CANCELLED, "the function did not wait for the answer")
         reason, status = Reason.GENRM_UNREACHABLE, 502
@@ -168,12 +170,12 @@ class Gateway(PoolFront):
             if isinstance(outcome, Failure):
                 reason = _REASONS.get(outcome.kind, reason)
                 visit.fail(Unscored(reason, outcome.detail))
-                self.counters.add("unscored")
+                visit.counters.add("unscored")
         if isinstance(outcome, Failure):
             return 400 if outcome.kind in _AT_FAULT else status, _error(outcome.detail)
         visit.answer(began)
-        self.counters.add("answered")
-        self.counters.observe("latency", time.monotonic() - began)
+        visit.counters.add("answered")
+        visit.counters.observe("latency", time.monotonic() - began)
         return 200, outcome
 
     async def _asked(self, visit: Visit, request: web.BaseRequest, deadline: Deadline, wait: Wait) -> Any | Failure:
@@ -217,7 +219,7 @@ class Gateway(PoolFront):
                 return reply
             if attempts >= self._config.max_attempts:
                 return Failure(reply.kind, f"no answer in {failures} requests; {reply.kind}: {reply.detail}")
-            self.counters.add("retries")
+            visit.counters.add("retries")
             await back_off(failures)
 
     async def _send_shorter(
@@ -240,7 +242,7 @@ class Gateway(PoolFront):
         self, visit: Visit, server: str, method: str, path: str, body: dict[str, Any] | None
     ) -> _Reply | Failure:
         """One request to one server; booked whatever becomes of it."""
-        self.counters.add("requests")
+        visit.counters.add("requests")
         began, cut = time.monotonic(), Cut(self._config.request_timeout_s)
         reply: _Reply | Failure = Failure(FailureKind.CANCELLED, "nobody waits for it any more")
         try:
@@ -253,12 +255,12 @@ class Gateway(PoolFront):
             took_s, what, tokens = time.monotonic() - began, "answered", 0
             if isinstance(reply, Failure):
                 what, said = reply.kind, reply.detail[:TEXT_KEPT]
-                self.counters.add(f"failed/{what}")
+                visit.counters.add(f"failed/{what}")
             else:
                 said, tokens = reply.said, reply.tokens
                 self._latencies.add(took_s)
-                self.counters.add("completion_tokens", tokens)
-                self.counters.add("truncated", reply.cut)
+                visit.counters.add("completion_tokens", tokens)
+                visit.counters.add("truncated", reply.cut)
             visit.history.append(JudgeRequest(server, what, began - visit.began, took_s, tokens, text=said))
         return reply
 

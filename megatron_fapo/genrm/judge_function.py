@@ -9,6 +9,7 @@ import inspect
 import time
 
 from megatron_fapo.data.records import Verdict
+from megatron_fapo.genrm.counters import Book
 from megatron_fapo.genrm.user_function import JUDGE_FUNCTION, describe_error, load_function
 from megatron_fapo.genrm.verdict import Reason, Unscored
 from megatron_fapo.observe.stall import WAITS
@@ -25,11 +26,11 @@ class FunctionJudge:
         """There is no server to look for."""
 
     async def judge(
-        self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = ""
+        self, question: str, ground_truth: str, solution: str, vote: int = 0, name: str = "", book: Book | None = None
     ) -> Verdict | Unscored:
         """The function's verdict; `judge_function_error` when it raises or returns no integer from -1 up. The function
         is called anew for each `vote`, and is not told its number."""
-        del vote
+        del vote, book
         began = time.monotonic()
         try:
             index = self._function(question=question, ground_truth=ground_truth, solution=solution)
@@ -42,10 +43,12 @@ class FunctionJudge:
             return Unscored(Reason.JUDGE_FUNCTION_ERROR, describe_error(error))
         return Verdict(index, "", self._path, time.monotonic() - began, attempts=1, completion_tokens=0)
 
-    def begin_step(self) -> None:
+    def begin_step(self) -> Book:
         """Nothing is kept between samples."""
+        return Book()
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, book: Book | None = None) -> dict[str, float]:
+        del book
         return {}
 
     async def close(self) -> None:

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector, CollectorRegistry
 
 if TYPE_CHECKING:
-    from megatron_fapo.genrm.counters import Counters
+    from megatron_fapo.genrm.counters import Totals
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Live:
     """What a reward loop counts. `counters` may not be read outside of its event loop."""
 
     metrics: Mapping[str, float]
-    """Since the step began."""
-    counters: Mapping[str, Counters]
+    """Of the step that began last."""
+    counters: Mapping[str, Totals]
     """Prefix -> since the run began."""
     servers: Mapping[str, Mapping[str, float]]
     """URL -> what it is doing."""
@@ -121,10 +121,10 @@ def live_families(live: Live) -> Iterator[Metric]:
     """One family per counter, histogram, gauge, and property of servers."""
     counted: set[str] = set()
     for prefix, counters in live.counters.items():
-        for name, total in counters.totals().items():
+        for name, total in counters.counts.items():
             counted.add(f"{prefix}/{name}")
             yield CounterMetricFamily(_live(f"{prefix}/{name}"), f"{prefix}/{name} since the run began.", value=total)
-        for name, histogram in counters.histograms().items():
+        for name, histogram in counters.seconds.items():
             buckets = [(str(limit), float(n)) for limit, n in zip(histogram.limits, histogram.at_most, strict=True)]
             yield HistogramMetricFamily(
                 _live(f"{prefix}/{name}_seconds"),

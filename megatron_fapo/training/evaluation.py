@@ -22,6 +22,7 @@ from megatron_fapo.config.root import Config
 from megatron_fapo.data.datasets import load_prompts
 from megatron_fapo.data.records import Group, Prompt
 from megatron_fapo.genrm.rules import normalize_final_answer
+from megatron_fapo.genrm.scoring import Scoring
 from megatron_fapo.observe.comparison import as_text
 from megatron_fapo.observe.files import write_atomically
 from megatron_fapo.observe.log import setup_logging
@@ -51,16 +52,18 @@ def load_evaluation_sets(config: Config, tokenizer: Any) -> EvaluationSets:
 
 async def evaluate(config: Config, cluster: Cluster, sets: EvaluationSets) -> dict[str, float]:
     """Metrics of every set. Sampled answers depend on the run's seed alone, so two evaluations compare."""
-    metrics: dict[str, float] = {}
+    assert cluster.reward is not None
+    metrics, scoring = dict[str, float](), cluster.reward.begin_step()  # rollouts that run meanwhile have their own
     for name, prompts in sets.items():
-        metrics |= set_metrics(config, name, await sample_set(config, cluster, name, prompts))
+        metrics |= set_metrics(config, name, await sample_set(config, cluster, scoring, name, prompts))
     return metrics
 
 
-async def sample_set(config: Config, cluster: Cluster, name: str, prompts: tuple[Prompt, ...]) -> list[Group]:
+async def sample_set(
+    config: Config, cluster: Cluster, scoring: Scoring, name: str, prompts: tuple[Prompt, ...]
+) -> list[Group]:
     """The scored samples of one set."""
     assert cluster.rollout is not None
-    assert cluster.reward is not None
     cfg = config.training.evaluation
     stream = cluster.rollout.generate(
         prompts,
@@ -71,7 +74,7 @@ async def sample_set(config: Config, cluster: Cluster, name: str, prompts: tuple
     )
     asked = config.genrm.judge_eval or config.reward.compute_score is not None
     turn = cluster.judges_turn(keep_weights=True) if asked else None
-    judged = cluster.reward.score_stream(stream, judge=config.genrm.judge_eval, turn=turn)
+    judged = scoring.score_stream(stream, judge=config.genrm.judge_eval, turn=turn)
     async with contextlib.aclosing(judged) as scored:
         groups = make_groups([(prompt, 0) for prompt in prompts], [each async for each in scored])
     if turn is not None:
@@ -122,18 +125,18 @@ async def _evaluate(config: Config) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     async with launch(config, policy=False) as cluster:
         assert cluster.reward is not None
-        cluster.reward.begin_step()
+        scoring = cluster.reward.begin_step()
         started = time.monotonic()
         for name, prompts in sets.items():
             since = time.monotonic()
-            groups = await sample_set(config, cluster, name, prompts)
+            groups = await sample_set(config, cluster, scoring, name, prompts)
             samples = [sample for group in groups for sample in group.samples]
             write_evaluation_samples(run_dir, name, samples)
             cluster.require_servers()
             metrics |= set_metrics(config, name, groups)
             counts = {"prompts": len(prompts), "samples": len(samples)}
             facts[name] = {"data": config.data.eval[name], **counts, "seconds": time.monotonic() - since}
-        metrics |= cluster.reward.metrics()
+        metrics |= scoring.metrics()
     return {
         "model": config.policy.model_path,
         "task": config.reward.task,

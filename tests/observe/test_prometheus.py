@@ -15,7 +15,7 @@ from megatron_fapo.config.genrm import GenRMConfig
 from megatron_fapo.config.load import load_config
 from megatron_fapo.config.reward import OverlongConfig, RewardConfig
 from megatron_fapo.errors import UserError
-from megatron_fapo.genrm.counters import BUCKETS_S, Counters
+from megatron_fapo.genrm.counters import BUCKETS_S, Counters, Totals
 from megatron_fapo.genrm.reward_loop import RewardLoop
 from megatron_fapo.observe import prometheus
 from megatron_fapo.observe.loggers import Loggers
@@ -115,19 +115,17 @@ def test_records_reach_it_through_the_loggers_and_a_port_in_use_is_refused(tmp_p
 
 
 def test_totals_outlive_the_steps() -> None:
-    counters = Counters()
-    for seconds in ((0.02, 5.0), (0.5,), ()):
-        counters.add("called", len(seconds))
+    totals = Totals()
+    steps = [Counters(totals) for _ in range(3)]
+    for step, seconds in zip(steps, ((0.02, 5.0), (0.3,), (2000.0,)), strict=True):
+        step.add("called", len(seconds))
         for each in seconds:
-            counters.observe("latency", each)
-        counters.clear()
-    counters.observe("latency", 2000.0)
-    counters.add("called")
-    histogram = counters.histograms()["latency"]
-    assert (counters.totals()["called"], histogram.count, histogram.sum_s) == (4, 4, pytest.approx(2005.52))
-    assert dict(zip(BUCKETS_S, histogram.at_most, strict=True))[0.3] == 1
-    assert histogram.at_most[-1] == 3
-    assert counters.histograms()["latency"] == histogram, "looking changes nothing"
+            step.observe("latency", each)
+    assert [step.counts["called"] for step in steps] == [2, 1, 1]
+    histogram = totals.seconds["latency"]
+    assert (totals.counts["called"], histogram.count, histogram.sum_s) == (4, 4, pytest.approx(2005.32))
+    at_most = dict(zip(BUCKETS_S, histogram.at_most, strict=True))
+    assert (at_most[0.1], at_most[0.3], at_most[1000.0]) == (1, 2, 3)
 
 
 def test_names_are_prometheus_names() -> None:

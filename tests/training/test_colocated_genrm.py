@@ -20,7 +20,7 @@ from megatron_fapo.rollout.engine import MEMORY
 from megatron_fapo.training import servers as servers_module
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import sample_set
-from megatron_fapo.training.loop import rollout
+from megatron_fapo.training.rollouts import rollout
 from megatron_fapo.training.servers import ServerDiedError, Servers
 
 MODELS = Path(__file__).parents[2] / "examples" / "models"
@@ -191,7 +191,7 @@ def test_the_scores_are_those_of_the_stream_and_a_lost_server_is_named(tmp_path:
     streaming = config.model_copy(update={"genrm": config.genrm.model_copy(update={"colocated": False})})
     prompts = load_prompts(config.data.train, AutoTokenizer.from_pretrained(MODELS / "policy"), config.data).prompts
     taken = [(prompt, 0) for prompt in prompts]
-    run: Any = SimpleNamespace(progress=SimpleNamespace(phase=lambda _: None, samples=lambda **_: None), phases={})
+    ahead: Any = SimpleNamespace(generated=lambda _: None, awaited=None)
 
     async def main() -> None:
         async with launch(config, policy=False) as cluster:
@@ -200,9 +200,9 @@ def test_the_scores_are_those_of_the_stream_and_a_lost_server_is_named(tmp_path:
             assert not cluster.judges_awake
             outcomes = []
             for _ in range(2):  # the second set needs no refit
-                cluster.reward.begin_step()
-                groups = await cluster.while_judged(sample_set(config, cluster, "held", prompts))
-                outcomes.append((_told(groups), _untimed(cluster.reward.metrics())))
+                scoring = cluster.reward.begin_step()
+                groups = await cluster.while_judged(sample_set(config, cluster, scoring, "held", prompts))
+                outcomes.append((_told(groups), _untimed(scoring.metrics())))
                 assert cluster.serving
                 assert not cluster.judges_awake
             assert outcomes[0][1]["genrm/answered"] > 4
@@ -210,15 +210,15 @@ def test_the_scores_are_those_of_the_stream_and_a_lost_server_is_named(tmp_path:
 
             await cluster.enter("judge", keep_weights=True)
             await cluster.rollout.wake(MEMORY)  # type: ignore[union-attr]  # beside the servers: on CPUs there is room
-            cluster.reward.begin_step()
+            scoring = cluster.reward.begin_step()
             beside = dataclasses.replace(cluster, config=streaming)
-            groups = await sample_set(streaming, beside, "held", prompts)
-            assert (_told(groups), _untimed(cluster.reward.metrics())) == outcomes[0]
+            groups = await sample_set(streaming, beside, scoring, "held", prompts)
+            assert (_told(groups), _untimed(scoring.metrics())) == outcomes[0]
             cluster.awake = MEMORY
             await cluster.enter("rollout")
 
             await cluster.servers.actors[0].stop.remote()
             with pytest.raises(ServerDiedError, match=r"genrm-0.*did not wake"):
-                await rollout(config, cluster, run, taken)
+                await rollout(config, cluster, None, ahead, 1, taken, {})  # type: ignore[arg-type]
 
     asyncio.run(main())

@@ -31,7 +31,7 @@ def test_each_set_has_its_own_k():
     overrides = ["data.eval={a: a, b: b}", "training.evaluation={samples_per_prompt: 2, samples: {a: 4}}"]
     config = load_config([], [*overrides, "genrm.judge_eval=false"], "evaluate").config
     sets = {name: tuple(Prompt(f"{name}/{i}", name, (), "1", "q", (1,)) for i in range(3)) for name in ("a", "b")}
-    cluster: Any = SimpleNamespace(rollout=Engines(), reward=Scores())
+    cluster: Any = SimpleNamespace(rollout=Engines(), reward=SimpleNamespace(begin_step=Scores))
     metrics = asyncio.run(evaluate(config, cluster, sets))
     assert (metrics["eval/a/score/samples"], metrics["eval/b/score/samples"]) == (12, 6)
     assert metrics["eval/a/avg@4"] == metrics["eval/b/avg@2"] == 1.0
