@@ -2,7 +2,8 @@
 
 With a vocabulary of 150,000 rows the logits of one packed micro-batch would be the largest tensor of the step. Here
 only the positions that predict a response token are projected, a block of vocabulary rows at a time, and the backward
-works each block out again from what the forward kept, two numbers per token.
+works each block out again from what the forward kept, two numbers per token; or it takes the logits themselves, where
+there is room to keep them (`keep`), which is a product less and the same bits.
 
 Blocks are of the vocabulary, not of tokens: so each row of the weight's gradient is one product over all tokens, summed
 in float32 inside the product and written once in the weight's type. Blocks of tokens would add the gradient of the
@@ -41,6 +42,7 @@ def logprob_entropy(
     group: Any = None,
     with_entropy: bool = True,
     chunk_bytes: int = CHUNK_BYTES,
+    keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of `target_N` and entropy, of softmax(hidden @ weight.T / temperature) over `vocab` rows.
 
@@ -59,13 +61,15 @@ def logprob_entropy(
         group: tensor-parallel process group; None for one rank.
         with_entropy: False leaves the entropy out (None).
         chunk_bytes: of a block of float32 logits; results do not depend on it beyond rounding.
+        keep: all blocks from forward to backward: 4 bytes per token and row.
 
     Returns:
         (logprob_N, entropy_N), float32, in nats; differentiable in `hidden_MH` and `weight_VH`.
     """
     return _LogprobEntropy.apply(
-        hidden_MH, weight_VH, index_N, target_N, temperature, vocab, rank, group, with_entropy, chunk_bytes
-    )
+        hidden_MH, weight_VH, index_N, target_N, temperature, vocab, rank, group, with_entropy, chunk_bytes,
+        keep and torch.is_grad_enabled(),
+    )  # fmt: skip
 
 
 class _LogprobEntropy(torch.autograd.Function):
@@ -82,6 +86,7 @@ class _LogprobEntropy(torch.autograd.Function):
         group: Any,
         with_entropy: bool,
         chunk_bytes: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         hidden_NH = hidden_MH[index_N]
         local_N = target_N - rank * len(weight_VH)
@@ -91,9 +96,12 @@ class _LogprobEntropy(torch.autograd.Function):
         blocks = list(_blocks(rows, len(index_N), hidden_MH.shape[1], chunk_bytes))
         add_block = _fused(_add_block, hidden_MH)
         merged = _nothing(hidden_NH)  # a rank whose rows are all padded has no block
+        ctx.kept = []
         for block in blocks:
             logits_NB = _product(hidden_NH, weight_VH[block].T)
             merged = add_block(merged, logits_NB, local_N - block.start, temperature, with_entropy)
+            if keep:
+                ctx.kept.append(logits_NB)
             del logits_NB  # before the next block is made
         if group is not None and group.size() > 1:
             everyone = merged.new_empty(group.size() * 4, len(index_N))
@@ -118,7 +126,7 @@ class _LogprobEntropy(torch.autograd.Function):
         grad_weight_VH[ctx.rows :] = 0
         gradient = _fused(_gradient, hidden_MH)
         for block in ctx.blocks:
-            logits_NB = _product(hidden_NH, weight_VH[block].T)
+            logits_NB = ctx.kept.pop(0) if ctx.kept else _product(hidden_NH, weight_VH[block].T)
             at_N, dtype = local_N - block.start, hidden_NH.dtype
             grad_NB = gradient(
                 logits_NB, at_N, log_z_N, entropy_N, grad_logprob_N, grad_entropy_N, ctx.temperature, dtype
@@ -128,7 +136,7 @@ class _LogprobEntropy(torch.autograd.Function):
             _add_product(grad_NH, grad_NB, weight_VH[block])
             del grad_NB
         grad_MH = torch.zeros_like(hidden_MH)
-        return grad_MH.index_add_(0, index_N, grad_NH.to(grad_MH.dtype)), grad_weight_VH, *(None,) * 8
+        return grad_MH.index_add_(0, index_N, grad_NH.to(grad_MH.dtype)), grad_weight_VH, *(None,) * 9
 
 
 def _blocks(rows: int, tokens: int, hidden: int, chunk_bytes: int) -> Iterator[slice]:

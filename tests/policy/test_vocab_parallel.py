@@ -68,6 +68,38 @@ def test_values_and_gradients(temperature: float, chunk_bytes: int) -> None:
     assert not got["weight"][VOCAB:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_logits_give_the_same_bits_for_a_product_less(dtype: torch.dtype) -> None:
+    products = []
+    results = []
+    for keep in (False, True):
+        hidden, weight, index, target, grad_logprob, grad_entropy = _inputs(dtype)
+        hidden.requires_grad_(), weight.requires_grad_()
+        kwargs: dict[str, Any] = {"temperature": 0.6, "vocab": VOCAB, "rank": 0, "chunk_bytes": SMALL, "keep": keep}
+        logprob, entropy = logprob_entropy(hidden, weight, index, target, **kwargs)
+        with _Bytes() as made:
+            (logprob * grad_logprob + entropy * grad_entropy).sum().backward()
+        products.append(made.products)
+        results.append((logprob, entropy, hidden.grad, weight.grad))
+    blocks = -(-VOCAB // 128)
+    assert products == [3 * blocks, 2 * blocks]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@torch.no_grad()
+def test_without_a_backward_nothing_is_kept() -> None:
+    peaks = []
+    for keep in (False, True):
+        hidden, weight, index, target, *_ = _inputs()
+        weight.requires_grad_()
+        with _Bytes(hidden, weight, index, target) as used:
+            logprob_entropy(
+                hidden, weight, index, target, temperature=1.0, vocab=VOCAB, rank=0, chunk_bytes=SMALL, keep=keep
+            )
+        peaks.append(used.peak)
+    assert peaks[0] == peaks[1]
+
+
 def ranks_job(rank: Rank, temperature: float) -> list[dict[str, np.ndarray]]:
     torch.distributed.init_process_group(
         "gloo",
@@ -130,16 +162,18 @@ def test_certain_tokens_and_no_tokens() -> None:
 
 
 class _Bytes(TorchDispatchMode):
-    """Operations, and bytes of the tensors that they made beside `given` and that are still alive: now, and at most."""
+    """Operations, matrix products among them, and bytes of the tensors that they made beside `given` and that are still
+    alive: now, and at most."""
 
     def __init__(self, *given: torch.Tensor) -> None:
         super().__init__()
-        self.now = self.peak = self.operations = 0
+        self.now = self.peak = self.operations = self.products = 0
         self.seen = weakref.WeakSet(tensor.untyped_storage() for tensor in given)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.operations += 1
+        self.products += func is torch.ops.aten.mm.default or func is torch.ops.aten.mm.out
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
                 self.seen.add(storage)
