@@ -32,10 +32,10 @@ measure() {
 
 big=(--model Qwen2.5-32B --layout TP4+SP --samples 16 --steps 3)
 if [ "$gpus" -eq 0 ]; then
-    measure tiny 0 --model tiny --layout TP1 TP2+SP --samples 2 --sequence-tokens 128 --steps 2 --warmup 1 --set
+    measure tiny 0 --model tiny --layout TP1 TP2+SP --samples 2 --sequence-tokens 128 --steps 2 --warmup 1 --set seed=0
 else
-    measure one 1 --model Qwen3-8B --layers 12 --samples 16 --micro-batch-tokens 16384 --set
-    measure two 2 --model Qwen3-8B --layout TP2+SP --samples 32 --micro-batch-tokens 16384 --set
+    measure one 1 --model Qwen3-8B --layers 12 --samples 16 --micro-batch-tokens 16384 --set seed=0
+    measure two 2 --model Qwen3-8B --layout TP2+SP --samples 32 --micro-batch-tokens 16384 --set seed=0
     measure four 4 "${big[@]}" --micro-batch-tokens 4096 --set policy.logprob_micro_batch_tokens=8192 \
         policy.optimizer.moments_dtype=bfloat16
     measure four-full 4 "${big[@]}" --micro-batch-tokens 16384 --set policy.logprob_micro_batch_tokens=16384 \

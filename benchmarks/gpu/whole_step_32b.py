@@ -27,6 +27,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import runs
+from benchmarks.gpu.one_gpu import GRAPHS
 from benchmarks.refits.models import RandomCheckpoint, write_shape
 from megatron_fapo.config.load import load_config
 from megatron_fapo.config.root import Config
@@ -90,7 +91,9 @@ def overrides(args: argparse.Namespace) -> dict[str, Any]:
         "training.prompts_per_mini_batch": args.prompts // 2,
         "training.checkpoint.every_steps": 0,
     }
-    return values | ({} if args.tiny else {"policy.optimizer.moments_dtype": "bfloat16"})
+    if args.tiny:
+        return values
+    return values | {"policy.optimizer.moments_dtype": "bfloat16", "rollout.vllm.compilation_config": GRAPHS}
 
 
 def plan(config: Config, args: argparse.Namespace) -> dict[str, Any]:
