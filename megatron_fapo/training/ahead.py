@@ -26,7 +26,14 @@ def begun_by(step: int, begun: int, max_staleness: int, last: int) -> range:
 class Ahead[T]:
     """`async with`: what runs is cancelled at the end, and has ended then."""
 
-    def __init__(self, start: Callable[[int], Coroutine[Any, Any, T]], finished: int, last: int, max_staleness: int):
+    def __init__(
+        self,
+        start: Callable[[int], Coroutine[Any, Any, T]],
+        finished: int,
+        last: int,
+        max_staleness: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """
         Args:
             start: the rollout of a step; called in order of steps. It says `generated` when engines are done with it.
@@ -40,7 +47,7 @@ class Ahead[T]:
         self._moved = asyncio.Event()
         self.awaited: int | None = None
         """The step whose groups are waited for."""
-        self._booked_to, self._busy_s, self._window_s = time.monotonic(), 0.0, 0.0
+        self._clock, self._booked_to, self._busy_s, self._window_s = clock, clock(), 0.0, 0.0
 
     async def __aenter__(self) -> Self:
         return self
@@ -99,7 +106,7 @@ class Ahead[T]:
         return window_s, busy_s
 
     def _book(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         self._window_s += now - self._booked_to
         self._busy_s += (now - self._booked_to) * self.generating
         self._booked_to = now

@@ -22,6 +22,8 @@ class Arm:
     kind: Literal["policy", "critic"] = "policy"
     flawed_penalty: float | None = None
     """lambda, where it is one number for the whole run and the judge is the oracle: what theory can be held against."""
+    reference: str = "baseline"
+    """The arm that it is compared with."""
 
 
 def _oracle(name: str, flawed_penalty: float, about: str) -> Arm:
@@ -41,8 +43,14 @@ ARMS = (
     _oracle("lambda_2", 2.0, "FAPO, lambda 2: a flawed positive is as bad as a wrong answer"),
     _scheduled("rho_falling", 3.0, 0.5, "rho_shift from 3 to 1/2: ever stricter"),
     _scheduled("rho_rising", 0.5, 3.0, "rho_shift from 1/2 to 3: ever milder"),
+    Arm(
+        "fapo_async",
+        "fapo_oracle one step off: new weights go in between tokens, importance weights up to 2",
+        (ORACLE, "training.asynchrony.max_staleness=1", "weight_sync.in_flight=true", "algorithm.tis_cap=2.0"),
+        reference="fapo_oracle",
+    ),
     Arm("step_ratio", "the failed ablation: share of paragraphs before the error", (ORACLE, "reward.shape=step_ratio")),
-    Arm("critic_stepwise", "GenRM training, step-wise reward", (), "critic"),
+    Arm("critic_stepwise", "GenRM training, step-wise reward", (), "critic", reference="critic_outcome"),
     Arm("critic_outcome", "GenRM training, outcome-only reward", ("reward.critic_process=false",), "critic"),
 )
 QUICK = ("baseline", "fapo_oracle")

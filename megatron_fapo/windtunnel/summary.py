@@ -82,8 +82,8 @@ def summarise(readings: Sequence[Reading]) -> dict[str, Any]:
             if value is not None:
                 entry |= {metric: value, f"{metric}_interval": interval}
         entry["per_seed"] = {str(run.seed): run.final for run in runs}
-        reference = by_arm.get("baseline" if arm.kind == "policy" else "critic_outcome")
-        if reference and reference is not runs:
+        reference = by_arm.get(arm.reference)
+        if reference and reference is not runs and reference[0].arm.kind == arm.kind:
             same_seed = [(run, other) for run in runs for other in reference if run.seed == other.seed]
             entry["against"] = {"arm": reference[0].arm.name} | {
                 metric: difference
