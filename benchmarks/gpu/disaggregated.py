@@ -14,7 +14,8 @@ Two runs of `fapo train` with the same seed, prompts and sizes: engines wait for
 (`weight_sync.in_flight`). A step's seconds are those between its line of metrics and the one before. Idle are, by
 nvidia-smi, each card's share of time without a kernel; by the phases of metrics, the rest of a step for policy and
 engines. Fails if a run ends otherwise than with 0, a step is missing, policy and engine disagree in the synchronous
-run, or memory grows (runs.py). OUT/disaggregated.json has both.
+run, tokens of the asynchronous one are older than allowed or none is older than the policy, or memory grows (runs.py).
+OUT/disaggregated.json has both.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from megatron_fapo.data.datasets import write_testbed
 ASYNCHRONOUS = {"training.asynchrony.max_staleness": 1, "weight_sync.in_flight": True, "algorithm.tis_cap": 2.0}
 WORK = {"policy": ("logprobs", "train", "refit"), "engines": ("rollout", "refit")}
 """Role -> phases of the loop in which it works."""
-SHOWN = ("phase_s/", "weight_sync/", "mismatch/", "score/accuracy", "score/unscored_share", "asynchrony/", "response/")
+SHOWN = ("phase_s/", "weight_sync/", "mismatch/", "score/", "staleness/", "trace/", "response/", "genrm/latency")
 
 
 def overrides(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def row(attempt: Mapping[str, Any], records: Sequence[Mapping[str, float]]) -> d
     return {
         "step_s": round(step_s, 3),
         "response_tokens_per_s": round(tokens / step_s),
+        "genrm_share": round(statistics.median(r["phase_s/score_tail"] for r in settled) / step_s, 3),
         "idle_by_phases": idle,
         "idle_by_card": {card: seen["idle_share"] for card, seen in attempt["cards"].items()},
         "peak_mib_by_card": {card: seen["peak_mib"] for card, seen in attempt["cards"].items()},
@@ -111,7 +113,17 @@ def measure(args: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[s
         return {"seconds": attempt["seconds"]}, faults
     facts = {"command": attempt["command"], "seconds": attempt["seconds"]} | row(attempt, records)
     facts["growth"] = runs.growth(attempt["moments"], records)
-    return facts, faults + runs.growth_faults(facts["growth"])
+    return facts, faults + runs.growth_faults(facts["growth"]) + (age_faults(records) if name == "async" else [])
+
+
+def age_faults(records: Sequence[Mapping[str, float]]) -> list[str]:
+    """Tokens that are older than ASYNCHRONOUS allows; or none that are older than the policy, as if it waited."""
+    ages = [record.get("staleness/max", 0.0) for record in records]
+    limit = ASYNCHRONOUS["training.asynchrony.max_staleness"]
+    found = [
+        f"step {i}: tokens are {age:g} versions old, more than {limit}" for i, age in enumerate(ages, 1) if age > limit
+    ]
+    return found if any(ages) else [*found, "no step trained on tokens of an older version: nothing was asynchronous"]
 
 
 def main() -> int:
@@ -136,7 +148,7 @@ def main() -> int:
         faults += [f"{name}: {each}" for each in wrong]
         print(name, json.dumps({k: v for k, v in found[name].items() if k not in ("medians", "growth", "command")}))
         for key, value in found[name].get("medians", {}).items():
-            if key.startswith(("phase_s/", "asynchrony/")):
+            if key.startswith(("phase_s/", "staleness/", "trace/")):
                 print(f"  {key:<40} {value:10.4g}")
     return runs.finish(args.out, "disaggregated", {"gpus": args.gpus} | found, faults)
 
