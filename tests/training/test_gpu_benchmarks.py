@@ -27,7 +27,7 @@ def record(step: int, **more: float) -> dict[str, float]:
 
 def test_noise_a_warm_up_and_a_single_jump_are_no_growth() -> None:
     noise = random.Random(0)
-    sizes = [500.0 + 300 * min(step, 5) + noise.uniform(-60, 60) + (200 if step == 15 else 0) for step in range(STEPS)]
+    sizes = [500.0 + 300 * min(step, 5) + noise.uniform(-60, 60) + (1500 if step == 19 else 0) for step in range(STEPS)]
     found = runs.growth(moments(sizes), [record(step, memory__train__card_gib=40.0) for step in range(1, STEPS + 1)])
     assert set(found) == {f"ray::PolicyActor (7) {kind}" for kind in ("resident_mib", "files", "threads")} | {
         "memory/train/card_gib"
