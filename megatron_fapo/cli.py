@@ -215,6 +215,12 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _trace(args: argparse.Namespace) -> int:
+    from megatron_fapo.observe.where import trace_command
+
+    return trace_command(args.run, args.steps)
+
+
 def _plan(args: argparse.Namespace) -> int:
     config = load_config([args.file], args.overrides).config  # neither models nor data have to be here
     from megatron_fapo.plan.command import plan_command
@@ -373,6 +379,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories; several are overlaid")
     report.add_argument("-o", "--out", type=Path, metavar="FILE", help="default: report.html in the first run")
     report.set_defaults(verb=_report)
+
+    trace = verbs.add_parser("trace", help="where the time of a run's steps goes, and what each GPU waits for")
+    trace.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    trace.add_argument("--steps", metavar="5-20", help="a step or several; default: all that were traced")
+    trace.set_defaults(verb=_trace)
 
     plan = verbs.add_parser("plan", help="memory, step time, bottleneck and layouts of a run, before it starts")
     plan.add_argument("file", type=Path, metavar="CONFIG", help="YAML; its models need not be on disk")

@@ -5,6 +5,8 @@ Everything else asks here or is told; nothing above `policy/cpu_backend.py` know
 
 from __future__ import annotations
 
+import os
+
 from megatron_fapo.errors import UserError
 
 
@@ -29,3 +31,8 @@ def choose_dtype(requested: str, device: str) -> str:
     if requested != "auto":
         return requested
     return "bfloat16" if device == "gpu" else "float32"
+
+
+def visible_cards(device: str) -> list[str]:
+    """Ray's ids of the GPUs that this process sees; none on CPUs."""
+    return [] if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

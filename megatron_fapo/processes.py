@@ -49,9 +49,13 @@ class Process:
     log_path: Path | None = None
     pid: int | None = None
 
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.rank}"
+
     def __str__(self) -> str:
         pid = "" if self.pid is None else f", pid {self.pid}"
-        return f"{self.role}-{self.rank} on node {self.node.name or self.node.index} ({self.node.address}{pid})"
+        return f"{self.name} on node {self.node.name or self.node.index} ({self.node.address}{pid})"
 
 
 class ProcessDiedError(RuntimeError):

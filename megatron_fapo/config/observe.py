@@ -42,6 +42,12 @@ class ObserveConfig(Section):
     response, update or checkpoint is no progress either, so set it above the longest of yours."""
     stall_abort_s: float | None = Field(None, gt=0)
     """Seconds without any progress that end the run with exit code 76; None: it waits for ever."""
+    trace_every_steps: int = Field(1, ge=0)
+    """Write RUN_DIR/trace/step-STEP.json.gz of every so many steps: what each GPU and process did when, for Perfetto
+    and `fapo trace`. 0: of none; the metrics of idle shares there are in any case."""
+    profile_steps: list[int] = []
+    """Steps of which every policy rank writes its kernels too, RUN_DIR/trace/policy-RANK-step-STEP.json.gz. Such a step
+    takes longer, and on a GPU the file has some hundred bytes for each kernel."""
     prometheus_port: int | None = Field(None, ge=0, lt=65536)
     """Serve the metrics of the newest step, and the GenRM's live, to Prometheus on this port of the driver; 0: any free
     one, named in the log. None: off."""

@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 
 from megatron_fapo.genrm.pool import Effect, ServerPool
+from megatron_fapo.observe.trace import TRACER
 
 _HOMES = 8192
 """Prompts whose server is remembered; older ones have left its cache anyway."""
@@ -80,9 +81,11 @@ class Dispatcher:
         if server is None:
             return None
         self._pool.begin(server, tokens, now)
+        TRACER.count(server, 1)
         return Place(server, tokens)
 
     def leave(self, place: Place, effect: Effect, busy_for_s: float = 0.0) -> None:
+        TRACER.count(place.server, -1)
         self._pool.end(place.server, place.tokens, effect, time.monotonic(), busy_for_s)
         self.dispatch()
 
@@ -108,6 +111,7 @@ class Dispatcher:
             if waiter.prompt is not None:
                 self._remember(waiter.prompt, server)
             self._pool.begin(server, waiter.tokens, now)
+            TRACER.count(server, 1)
             waiter.place.set_result(Place(server, waiter.tokens))
         self._waiters.extendleft(reversed(passed))
 

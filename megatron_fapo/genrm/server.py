@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_fapo.config.genrm import GenRMConfig
+from megatron_fapo.device import visible_cards
 from megatron_fapo.errors import UserError
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
@@ -149,6 +150,10 @@ class GenRMServer:
     def _message(self, what: str) -> str:
         tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-_LOG_LINES:])
         return f"the GenRM server for {self._config.model_path} {what}; the end of its log {self._log}:\n{tail}"
+
+    def cards(self) -> list[str]:
+        """Ray's ids of the GPUs that this process sees; none on CPUs."""
+        return visible_cards(self._device)
 
     def alive(self) -> bool:
         """Whether the server's process runs."""

@@ -100,6 +100,7 @@ PLOTS = (
     Plot("Loss", "Of the policy, or of a supervised warm-up.", ("policy/loss", "policy/supervised_loss")),
     Plot("Policy entropy", "Mean over response tokens, nats.", ("policy/entropy",)),
     Plot("Gradient norm", "Before clipping.", ("policy/grad_norm",)),
+    Plot("Idle", "Share of the step, mean over GPUs or processes.", ("trace/idle_share/*",), percent=True),
 )
 
 

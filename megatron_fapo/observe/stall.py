@@ -24,6 +24,7 @@ from typing import Any, Self, TextIO, TypeVar
 
 from megatron_fapo.config.observe import ObserveConfig
 from megatron_fapo.observe.files import write_atomically
+from megatron_fapo.observe.trace import TRACER
 from megatron_fapo.processes import Process, ProcessDiedError
 
 log = logging.getLogger(__name__)
@@ -76,10 +77,19 @@ class Waits:
         self._table[wait] = None
         self.progress()
         try:
-            yield wait
+            with _traced(wait):
+                yield wait
         finally:
             del self._table[wait]
             self.progress()
+
+    def came(self, wait: Wait, what: Any, tokens: int) -> None:
+        """A sample, of those that are `left` of a wait on an engine."""
+        assert isinstance(wait.whom, Process)
+        if what in wait.left:
+            del wait.left[what]
+            TRACER.count(wait.whom.name, -1, tokens)
+        self.progress()
 
     def progress(self) -> None:
         self._moved = self._clock()
@@ -123,6 +133,24 @@ class Waits:
 
 WAITS = Waits()
 """The driver's. One for the process, like its log: what is awaited is nobody's parameter."""
+
+
+@contextlib.contextmanager
+def _traced(wait: Wait) -> Iterator[None]:
+    """What a process is asked for is its work, and what is left of that is in flight there. Policy ranks tell of their
+    work themselves."""
+    if not isinstance(wait.whom, Process) or wait.whom.role == "policy":
+        yield
+    elif wait.left:
+        name = wait.whom.name
+        TRACER.count(name, len(wait.left))
+        try:
+            yield
+        finally:
+            TRACER.count(name, -len(wait.left))
+    else:
+        with TRACER.on(wait.whom.name, wait.what.partition(".")[2]):
+            yield
 
 
 class Alarm:

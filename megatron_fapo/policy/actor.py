@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from megatron_fapo.checksums import FileSum
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.observe.log import setup_logging
+from megatron_fapo.observe.trace import DIRECTORY, OWN, TRACER, Told
 from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.checkpoint import Part, Saver, load, verify
 from megatron_fapo.policy.hf_weights import exports, owns_export
@@ -32,12 +33,26 @@ WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt",
 """Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
 
 
+def traced(method: Callable[..., Any]) -> Callable[..., Told]:
+    """The driver gets the spans of the work along with the answer."""
+
+    @wraps(method)
+    def call(self: PolicyActor, *args: Any) -> Told:
+        with TRACER.on(OWN, method.__name__):
+            answer = method(self, *args)
+        return Told(answer, TRACER.take_spans())
+
+    return call
+
+
 class PolicyActor:
     """One rank of the policy. Call `join` on all ranks before anything else."""
 
     def __init__(self, run_dir: str, rank: int) -> None:
         setup_logging(Path(run_dir), "policy", rank)
-        self.rank = rank
+        TRACER.begin()
+        self.rank, self._run_dir = rank, Path(run_dir)
+        self._profile: tuple[int, Any] | None = None
         self.worker: PolicyWorker | None = None
         self._weights: WeightSource | None = None
         self._meeting: Any = None
@@ -76,18 +91,22 @@ class PolicyActor:
             "pid": os.getpid(),
         }
 
+    @traced
     def enter(self, phase: str) -> dict[str, float]:
         """Have on the device what the phase needs; see policy/memory.py. Returns the ledger's metrics."""
         return self._up.memory.enter(phase)
 
+    @traced
     def logprobs(self, packs: Sequence[Sequence[TrainSample]], reference: bool) -> list[list[list[float]]] | None:
         """Collective; see PolicyWorker.logprobs."""
         return self._up.logprobs(packs, reference=reference)
 
+    @traced
     def train(self, packs: Sequence[Sequence[TrainSample]], loss: str) -> StepResult:
         """Collective; see PolicyWorker.train."""
         return self._up.train(packs, loss=loss)
 
+    @traced
     def save(self, directory: str) -> None:
         """Copy this rank's part of the state and begin to write it. Collective; see policy/checkpoint.py."""
         self._saver.begin(Path(directory))
@@ -128,12 +147,14 @@ class PolicyActor:
             tensors, path, state.get_pipeline_model_parallel_rank(), state.get_pipeline_model_parallel_world_size()
         )
 
+    @traced
     def source_index(self) -> str:
         """What this rank holds of the HF checkpoint: an `Index` as JSON."""
         from megatron_fapo.policy.source_index import source_index
 
         return source_index(self._up.chunks, self._up.shape).to_json()
 
+    @traced
     def take_share(self, share: str) -> int:
         """Take this rank's share of the plan of refits, as JSON; see WeightSource.take. It gets a new place in it."""
         import torch
@@ -153,10 +174,29 @@ class PolicyActor:
         self._meeting = TCPStore(address, 0, is_master=True, wait_for_workers=False)
         return address, self._meeting.port
 
+    @traced
     def weights(self, what: str, *args: Any) -> Any:
         """A step of a refit: a method of WeightSource."""
         assert self._weights is not None, "take_share() comes first"
-        return getattr(self._weights, what)(*args)
+        with TRACER.on(OWN, what):
+            return getattr(self._weights, what)(*args)
+
+    @traced
+    def profile(self, step: int | None) -> None:
+        """Record what this rank computes, kernels on GPUs among it; None: write that to
+        RUN_DIR/trace/policy-RANK-step-STEP.json.gz."""
+        from torch.profiler import ProfilerActivity, profile
+
+        if step is not None:
+            gpu = [ProfilerActivity.CUDA] if self._up.device == "cuda" else []
+            self._profile = step, profile(activities=[ProfilerActivity.CPU, *gpu]).__enter__()
+        elif self._profile is not None:
+            step, profiler = self._profile
+            profiler.__exit__(None, None, None)
+            path = self._run_dir / DIRECTORY / f"policy-{self.rank}-step-{step:06d}.json.gz"
+            path.parent.mkdir(exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+            self._profile = None
 
     def close(self) -> None:
         """Give shared memory back and leave the process group."""

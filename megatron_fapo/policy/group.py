@@ -21,6 +21,7 @@ from megatron_fapo.checksums import FileSum
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
 from megatron_fapo.observe.stall import WAITS
+from megatron_fapo.observe.trace import TRACER, Told
 from megatron_fapo.policy.actor import copy_model_files
 from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.checkpoint import Part
@@ -84,6 +85,8 @@ class PolicyGroup:
         ]
         self._facts = await self._gather("start", calls)
         self._ranks = [replace(rank, pid=facts["pid"]) for rank, facts in zip(self._ranks, self._facts, strict=True)]
+        for rank, facts in zip(self._ranks, self._facts, strict=True):
+            TRACER.register(rank, facts["cards"])
 
     @property
     def places(self) -> list[tuple[str, str]]:
@@ -147,6 +150,10 @@ class PolicyGroup:
 
         refs = [ray.put([[samples[i] for i in part] for part in rank]) for rank in plan.micro_batches]
         return [refs[facts["data_rank"]] for facts in self._facts]
+
+    async def profile(self, step: int | None) -> None:
+        """Have every rank record its kernels from now on, or write what it has recorded (PolicyActor.profile)."""
+        await self._gather("profile", [actor.profile.remote(step) for actor in self._actors])
 
     async def save(self, directory: Path) -> None:
         """Copy weights, optimizer, schedule and random state, and begin to write them; `saved` says when they are.
@@ -250,7 +257,11 @@ class PolicyGroup:
 
         async def answer(rank: int, call: Any) -> Any:
             with WAITS.on(f"policy.{what}", self._ranks[rank]) if watched else contextlib.nullcontext():
-                return await call
+                answer = await call
+            if not isinstance(answer, Told):
+                return answer
+            TRACER.add(self._ranks[rank].name, answer.spans)
+            return answer.answer
 
         tasks = [asyncio.ensure_future(answer(*each)) for each in zip(ranks or range(len(calls)), calls, strict=True)]
         try:

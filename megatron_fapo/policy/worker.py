@@ -19,6 +19,7 @@ import torch
 from megatron_fapo.algorithm.loss import LossInputs, policy_loss
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import PolicyConfig
+from megatron_fapo.observe.trace import OWN, TRACER
 from megatron_fapo.policy.batch import MicroBatch, Padding, TrainSample, build_micro_batch
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.policy.memory import PolicyMemory
@@ -231,9 +232,11 @@ class PolicyWorker:
 
     def train(self, packs: Sequence[Sequence[TrainSample]], *, loss: str = "policy") -> StepResult:
         """One optimizer update on one global mini-batch; `packs` are this data-parallel rank's micro-batches."""
-        sums = self.gradients(packs, loss=loss)
+        with TRACER.on(OWN, "gradients"):
+            sums = self.gradients(packs, loss=loss)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        updated, grad_norm, _ = self.optimizer.step()
+        with TRACER.on(OWN, "optimizer"):
+            updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise RuntimeError("the optimizer skipped its update: gradients hold inf or nan")
         self.scheduler.step(increment=1)

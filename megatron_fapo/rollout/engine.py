@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
 from megatron_fapo.data.records import Prompt, Sample, SampleKey
+from megatron_fapo.device import visible_cards
 from megatron_fapo.errors import UserError
 from megatron_fapo.processes import ProcessDiedError, use_interface_of
 from megatron_fapo.rollout.environment import vllm_environment
@@ -143,7 +144,7 @@ class RolloutEngine(Refitted):
             "max_model_len": self._llm.model_config.max_model_len,
             "kv_cache_tokens": self._kv_cache_tokens(),
             "frees_memory": self._frees_memory,
-            "cards": _cards(self.device),
+            "cards": visible_cards(self.device),
             "gpus": await self._llm.collective_rpc("refit_device"),
             "start_s": time.monotonic() - began,
         }
@@ -352,8 +353,3 @@ class RolloutEngine(Refitted):
         if self._guard is not None:
             await asyncio.to_thread(self._guard.release)
             self._guard = None
-
-
-def _cards(device: str) -> list[str]:
-    """Ray's ids of the GPUs that this process sees; none on CPUs."""
-    return [] if device == "cpu" else os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

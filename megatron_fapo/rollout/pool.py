@@ -17,6 +17,7 @@ from megatron_fapo.config.rollout import SamplingConfig
 from megatron_fapo.data.records import Prompt, Sample, SampleKey
 from megatron_fapo.errors import UserError
 from megatron_fapo.observe.stall import WAITS
+from megatron_fapo.observe.trace import TRACER
 from megatron_fapo.processes import HERE, Node, Process, how_lost, is_lost
 from megatron_fapo.rollout.engine import EngineDiedError, VLLMDiedError
 from megatron_fapo.rollout.sampling import assign
@@ -53,6 +54,8 @@ class RolloutPool:
         self._facts = await self._all("start", version, timeout_s=timeout_s)
         pids = [facts.get("pid") for facts in self._facts]
         self._processes = [replace(process, pid=pid) for process, pid in zip(self._processes, pids, strict=True)]
+        for process, facts in zip(self._processes, self._facts, strict=True):
+            TRACER.register(process, facts.get("cards", ()))
         return self._facts
 
     @property
@@ -123,8 +126,7 @@ class RolloutPool:
                 with WAITS.on("rollout", self._processes[index], left=keys) as wait:
                     async for reference in stream:
                         sample = await self._translate(index, reference)
-                        wait.left.pop(sample.key, None)
-                        WAITS.progress()
+                        WAITS.came(wait, sample.key, len(sample.token_ids))
                         finished.put_nowait(sample)
                 finished.put_nowait(None)
             except Exception as error:

@@ -29,7 +29,9 @@ from megatron_fapo.observe.metrics import MetricsWriter, read_metrics
 from megatron_fapo.observe.progress import Progress
 from megatron_fapo.observe.report import write_report
 from megatron_fapo.observe.samples import write_samples
+from megatron_fapo.observe.spans import Span
 from megatron_fapo.observe.stall import WAITS, StallWatch
+from megatron_fapo.observe.trace import DRIVER, TRACER, summarize, wall, write_step
 from megatron_fapo.policy.batch import TrainSample, set_logprobs
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.policy.hf_config import read_model_shape
@@ -73,19 +75,29 @@ class Run:
         try:
             yield
         finally:
-            self.phases[f"phase_s/{name}"] = self.phases.get(f"phase_s/{name}", 0.0) + time.monotonic() - began
+            self.spent(name, began, time.monotonic())
+
+    def spent(self, name: str, began: float, ended: float) -> None:
+        """Note a phase of the step, from one moment of time.monotonic to another."""
+        self.phases[f"phase_s/{name}"] = self.phases.get(f"phase_s/{name}", 0.0) + ended - began
+        TRACER.add(DRIVER, [Span(name, wall(began), wall(ended))])
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """The step's line of metrics; phase times start anew."""
         metrics = metrics | self.phases | {"phase_s/total": sum(self.phases.values())}
         metrics["observe/stalls"], WAITS.stalls = float(WAITS.stalls), 0
         self.phases = {}
+        taken = TRACER.take()
+        traced = summarize(step, taken, TRACER.tracks)
+        metrics |= {f"trace/idle_share/{name}": share for name, share in traced.idle_share.items()}
         alarms, said = self.drift.add(metrics)
         for each in said:
             log.warning("drift: %s", each)
         self.writer.write(step, metrics | alarms)
         if step:
             self.progress.step(metrics)
+        if due(step, self.config.observe.trace_every_steps, 0):
+            write_step(self.dir, taken, TRACER.tracks, traced)
 
     async def save(self, cluster: Cluster) -> None:
         """Begin a checkpoint of the state after the last finished step, unless there is one; `saved` waits for it.
@@ -149,6 +161,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
     assert cluster.policy is not None
     assert cluster.reward is not None
     policy, cfg = cluster.policy, config.training
+    TRACER.begin()
     with run.phase("refit"):
         await cluster.refit(run.state.weight_version)
     evaluates = bool(sets) and cfg.evaluation.every_steps > 0
@@ -158,6 +171,7 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
             evaluation = await stop.race(cluster.while_judged(evaluate(config, cluster, sets)))
             run.state = replace(run.state, evaluation=evaluation)
         run.phases = {}
+        TRACER.begin()
         run.writer.amend(run.state.step, run.state.evaluation)
         run.checkpoints.amend(run.state)
 
@@ -177,6 +191,8 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
             cluster.require_servers(all_of_them=True)  # one that is gone is the reason, and worth another attempt
             raise
 
+        if profiled := step in config.observe.profile_steps:
+            await policy.profile(step)
         by_group = training_samples(groups, config)
         samples = [s for group in by_group for s in group]
         with run.phase("logprobs"):
@@ -202,6 +218,9 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         version = run.state.weight_version + 1
         run.state, run.between_steps = RunState(step, version, run.cursor.state_dict()), True
         try:
+            if profiled:
+                with run.phase("profile"):
+                    await policy.profile(None)
             with run.phase("refit"):
                 metrics |= await cluster.refit(version)
             if evaluates and due(step, cfg.evaluation.every_steps, cfg.steps):
@@ -251,8 +270,8 @@ async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> l
             scored.append(each)
             counts["scored" if each.score.unscored_reason is None else "unscored"] += 1
             run.progress.samples(**counts, total=total)
-    run.phases["phase_s/rollout"] = generated
-    run.phases["phase_s/score_tail"] = time.monotonic() - began - generated
+    run.spent("rollout", began, began + generated)
+    run.spent("score_tail", began + generated, time.monotonic())
     return make_groups(taken, scored)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from megatron_fapo.errors import UserError
 from megatron_fapo.genrm.server import TURN_S, ServerStartError, ServerTurnError
 from megatron_fapo.observe.stall import WAITS
+from megatron_fapo.observe.trace import TRACER
 from megatron_fapo.processes import Process, ProcessDiedError, how_lost, is_lost, log_end
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ async def start_server(process: Process, actor: Any) -> str:
     """
     try:
         with WAITS.on("genrm.start", process):
-            url = str(await actor.start.remote())
+            url, cards = str(await actor.start.remote()), await actor.cards.remote()
     except Exception as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, ServerStartError):
@@ -145,6 +146,7 @@ async def start_server(process: Process, actor: Any) -> str:
             raise cause from None
         raise await _died(process, error) from error
     WAITS.processes[url] = process
+    TRACER.register(process, cards, url)
     return url
 
 

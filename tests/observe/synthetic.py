@@ -56,6 +56,7 @@ def make_run(run_dir: Path, steps: int = 30, seed: int = 0, penalised: bool = Tr
                 "score/unscored/genrm_deadline": float(step % 7 == 0),
                 "response/tokens_mean": 40 + 10 * share,
                 "response/tokens_p95": 70 + 10 * share,
+                "trace/idle_share/policy": 0.4 + noise.uniform(0, 0.1),
                 "genrm/latency_p50_s": 0.3 + noise.uniform(0, 0.1),
                 "genrm/latency_p95_s": 0.8 + noise.uniform(0, 0.3),
                 "mismatch/abs_mean": 1e-3 * math.exp(noise.uniform(-0.2, 0.2)),
