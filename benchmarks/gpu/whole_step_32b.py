@@ -41,7 +41,7 @@ from megatron_fapo.policy.hf_config import ModelShape
 from megatron_fapo.training.loop import Run, train_command
 
 SHAPE = "Qwen2.5-32B"
-TINY = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 256, "vocab": 512}
+TINY: dict[str, Any] = {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "ffn": 256, "vocab": 512}
 MISMATCH = {"tiny": 1.001, "whole": 1.05}
 """Most that mismatch/token_mult_prob_error may be. Random weights give bfloat16 more to round than
 a trained model's, layer by layer."""

@@ -49,6 +49,13 @@ def test_growth_is_named(sizes: list[float], records: list[dict[str, float]], na
     assert named in fault
 
 
+def test_a_process_that_could_not_be_read_at_times_is_watched_all_the_same() -> None:
+    seen = moments([500.0 + 12 * step for step in range(STEPS)])
+    seen[9]["processes"] = {}
+    (fault,) = runs.growth_faults(runs.growth(seen, []))
+    assert "resident_mib has grown by 168" in fault
+
+
 def test_growth_needs_settled_steps() -> None:
     with pytest.raises(ValueError, match="run more steps"):
         runs.growth(moments([500.0] * 9), [])
@@ -101,6 +108,7 @@ def test_a_command_is_watched_step_by_step_and_stopped_at_its_limit(tmp_path: Pa
     found = runs.attempt(tmp_path, tmp_path / "log", [sys.executable, "-c", code], limit_s=1.5)
     assert found["code"] == 75
     assert [moment["step"] for moment in found["moments"]][:2] == [1, 2]
+    assert found["moments"][0]["processes"].keys() == found["moments"][1]["processes"].keys()
     (held,) = found["moments"][1]["processes"].values()
     assert held["resident_mib"] > 1
     assert held["threads"] == 1
