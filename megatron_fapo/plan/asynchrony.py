@@ -3,8 +3,8 @@
 The order of things is that of `training.loop`, the engines are those of `plan.simulate`. GenRM servers appear as the
 seconds from a step's last token to its last score, as if they judged one step at a time.
 
-Invariants (asserted by the tests): without staleness a step takes what `simulate` and the policy's phases add up to, and
-trains no older tokens; engines hold no samples in a refit that is not in flight, and are waited for in no other.
+Invariants (asserted by the tests): without staleness a step takes what `simulate` and the policy's phases add up to,
+and trains no older tokens; engines hold no samples in a refit that is not in flight, and are waited for in no other.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ there is one rollout at a time, begun when the step before is finished.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from types import TracebackType
@@ -26,14 +25,7 @@ def begun_by(step: int, begun: int, max_staleness: int, last: int) -> range:
 class Ahead[T]:
     """`async with`: what runs is cancelled at the end, and has ended then."""
 
-    def __init__(
-        self,
-        start: Callable[[int], Coroutine[Any, Any, T]],
-        finished: int,
-        last: int,
-        max_staleness: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, start: Callable[[int], Coroutine[Any, Any, T]], finished: int, last: int, max_staleness: int):
         """
         Args:
             start: the rollout of a step; called in order of steps. It says `generated` when engines are done with it.
@@ -47,7 +39,6 @@ class Ahead[T]:
         self._moved = asyncio.Event()
         self.awaited: int | None = None
         """The step whose groups are waited for."""
-        self._clock, self._booked_to, self._busy_s, self._window_s = clock, clock(), 0.0, 0.0
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,7 +53,6 @@ class Ahead[T]:
     def begin(self, step: int) -> None:
         """Begin what may begin now that `step` is the next to be trained."""
         for each in begun_by(step, self._begun, self._max_staleness, self._last):
-            self._book()
             self._generating.add(each)
             self._begun = each
             task = self._tasks[each] = asyncio.create_task(self._start(each), name=f"rollout of step {each}")
@@ -70,7 +60,6 @@ class Ahead[T]:
 
     def generated(self, step: int) -> None:
         """The engines have nothing more to do for the step."""
-        self._book()
         self._generating.discard(step)
         self._moved.set()
 
@@ -98,18 +87,6 @@ class Ahead[T]:
         for task in self._tasks.values():
             if task.done():
                 task.result()
-
-    def take_load(self) -> tuple[float, float]:
-        """Seconds since the last call, and those of them in which engines had samples of any step in flight."""
-        self._book()
-        (window_s, busy_s), self._window_s, self._busy_s = (self._window_s, self._busy_s), 0.0, 0.0
-        return window_s, busy_s
-
-    def _book(self) -> None:
-        now = self._clock()
-        self._window_s += now - self._booked_to
-        self._busy_s += (now - self._booked_to) * self.generating
-        self._booked_to = now
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         while True:

@@ -19,6 +19,7 @@ from megatron_fapo.processes import Process, ProcessDiedError
 from megatron_fapo.training import loop
 from megatron_fapo.training.checkpoint import RunState
 from megatron_fapo.training.loop import Run
+from megatron_fapo.training.rollouts import Rolled
 from megatron_fapo.training.signals import StopRequest, StopRequestedError
 
 
@@ -50,6 +51,9 @@ def test_a_stop_during_the_logprobs_is_honoured_before_the_updates(
     async def nothing(*_: Any) -> list[Any]:
         return []
 
+    async def rollout(*_: Any) -> Rolled:
+        return Rolled([], {}, {}, 0.0)
+
     async def scenario() -> None:
         stop = StopRequest()
 
@@ -64,11 +68,10 @@ def test_a_stop_during_the_logprobs_is_honoured_before_the_updates(
         async def while_judged(work: Any) -> Any:
             return await work
 
-        monkeypatch.setattr(loop, "rollout", nothing)
+        monkeypatch.setattr(loop, "rollout", rollout)
         monkeypatch.setattr(loop, "mini_batches", lambda *_: [[]])
         cluster: Any = SimpleNamespace(
             policy=SimpleNamespace(logprobs=logprobs, train=train),
-            reward=SimpleNamespace(begin_step=lambda step: None, metrics=dict),
             while_judged=while_judged,
             refit=nothing,
             enter=nothing,
