@@ -19,7 +19,7 @@ from tests.slurm.cluster import SlurmCluster
 from tests.slurm.jobs import TINY, Job
 
 pytestmark = pytest.mark.timeout(1800)
-HOW = ("phase_s/", "memory/", "weight_sync/", "genrm/", "observe/", "alarm/")
+HOW = ("phase_s/", "memory/", "weight_sync/", "genrm/", "observe/", "alarm/", "trace/")
 """Metrics of how a step went, not of what was learned; so are those that end with _s, seconds."""
 STEPS = "training.steps=3"
 ONE_RANK = "policy.parallel.tensor=1"

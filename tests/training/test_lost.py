@@ -81,8 +81,8 @@ class FakeServer:
 
     def __init__(self, alive: Any, *starts: Any) -> None:
         self.answer, self.starts = alive, list(starts)
-        self.alive, self.stop, self.start = (
-            SimpleNamespace(remote=do) for do in (self._alive, self._stop, self._start)
+        self.alive, self.stop, self.start, self.cards = (
+            SimpleNamespace(remote=do) for do in (self._alive, self._stop, self._start, self._cards)
         )
 
     async def remote(self, *_: Any) -> Any:
@@ -97,6 +97,9 @@ class FakeServer:
 
     async def _stop(self) -> None:
         pass
+
+    async def _cards(self) -> list[str]:
+        return []
 
     async def _start(self) -> str:
         start = self.starts.pop(0)
