@@ -63,10 +63,10 @@ def of_transformers(model: str, samples: list[TrainSample], dtype: str) -> torch
     )
     parts = []
     for s in samples:
-        ids = torch.tensor([s.prompt_ids + s.response_ids], device=reference.device)
+        ids = torch.tensor(s.token_ids[None], device=reference.device).long()
         # The softmax in float64: float32's sum over the vocabulary is off by more than the models differ.
         logits = reference(ids).logits[0, len(s.prompt_ids) - 1 : -1].double()
-        target = torch.tensor(s.response_ids, device=reference.device)
+        target = torch.tensor(s.response_ids, device=reference.device).long()
         parts.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0].cpu())
     return torch.cat(parts)
 

@@ -16,6 +16,13 @@ class AlgorithmConfig(Section):
     """Upper bound of the ratio for negative advantages; unset: none."""
     normalize_std: bool = True
     """Divide group advantages by the unbiased standard deviation + 1e-6."""
+    old_logprobs: str = Field("policy", pattern="^(policy|engine)$")
+    """Whose log-probabilities the ratio is taken against. `policy`: its own as the step begins; the first mini-batch of
+    a step has them from its training, the others take a forward pass. `engine`: the rollout engine's stand for those of
+    the other mini-batches, which saves the pass, while mismatch_gate holds."""
+    mismatch_gate: float = Field(1.01, ge=1)
+    """With old_logprobs: engine, the most that mismatch/token_mult_prob_error may have been in the newest step that
+    measured it. Above it, and where no step has measured it yet, a step takes the pass."""
     tis_cap: float | None = Field(None, gt=0)
     """Truncated importance sampling: token weights min(pi_old / pi_behaviour, tis_cap). Unset: off."""
     kl_coef: float = Field(0.0, ge=0)

@@ -172,7 +172,8 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, pack: Pack, element
 
 def _head(shape: ModelShape, cfg: PolicyConfig, pack: Pack, element: int, fused: bool, *, train: bool) -> int:
     """The most that the log-probabilities hold at once, forward and (for training) backward: blocks of float32 logits,
-    the hidden states of responses with their gradient in float32, the gradient of the output weight."""
+    the hidden states of responses with their gradient in float32, the gradient of the output weight; and, where training
+    keeps them, the logits of all blocks until the backward has come to the last."""
     rows = shape.padded_vocab(cfg.parallel.tensor) // cfg.parallel.tensor
     states, h = max(pack.responses, 1), shape.hidden
     width = min(rows, max(1, CHUNK_BYTES // (4 * max(states, h)) // 128) * 128)
@@ -181,12 +182,13 @@ def _head(shape: ModelShape, cfg: PolicyConfig, pack: Pack, element: int, fused:
     forward = gathered + states * h * element + int((1 if fused else 3) * block)  # logits; scaled; their exponentials
     if not train:
         return forward
+    kept = 4 * states * rows - block if cfg.output_layer == "keep" else 0
     gradients = states * h * (element + 4) + rows * h * element
     # Logits, and on CPUs log-probabilities, probabilities, and which column is the target: then the gradient.
     softmax = int((1 + element / 4 if fused else 4.25) * block)
     product = block * element // 4 + 4 * states * h
     end = pack.tokens * h * element + states * h * element
-    return gathered + max(forward - gathered, gradients + max(softmax, product, end))
+    return gathered + max(kept + forward - gathered, gradients + max(kept + softmax, kept + product, end))
 
 
 def layers_in_flight(layers: int, parallel: ParallelConfig, stage: int, micro_batches: int) -> int:

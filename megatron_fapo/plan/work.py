@@ -45,9 +45,12 @@ class PolicyWork:
 
     def times(self, samples: Sequence[SimSample]) -> PolicyTimes:
         """Of a step with these samples, in the order of their groups."""
-        cfg, passes = self.config, 2 if self.config.algorithm.kl_coef > 0 else 1
-        logprobs = passes * self._run(samples, cfg.policy.logprob_micro_batch_tokens, train=False)
+        cfg, budget = self.config, self.config.policy.logprob_micro_batch_tokens
         size = cfg.training.prompts_per_mini_batch * cfg.rollout.samples_per_prompt
+        # The first mini-batch has them from its training; with old_logprobs: engine the gate is taken to hold.
+        asked = samples[size:] if cfg.algorithm.old_logprobs == "policy" else ()
+        logprobs = self._run(asked, budget, train=False)
+        logprobs += self._run(samples, budget, train=False) if cfg.algorithm.kl_coef > 0 else 0.0
         parts = [samples[i : i + size] for i in range(0, len(samples), size)]
         train = sum(self._run(part, cfg.policy.micro_batch_tokens, train=True) + self.update_s() for part in parts)
         peak = self.rates.peak_tflops * 1e12 * self.parallel.world_size
@@ -72,8 +75,9 @@ class PolicyWork:
         tokens, responses = sum(s.prompt + s.response for s in samples), sum(s.response for s in samples)
         layers = sum(layer_flops(shape, s.prompt + s.response, s.prompt + s.response) for s in samples)
         full = self.config.policy.recompute == "full"
-        # Forward and twice that backward; what is worked out again in backward once more, as logits always are.
-        flops = (3 + full) * layers + 4 * head_flops(shape, responses) if train else layers
+        # Forward and twice that backward; what is worked out again in backward once more.
+        again = self.config.policy.output_layer == "recompute"
+        flops = (3 + full) * layers + (3 + again) * head_flops(shape, responses) if train else layers
         flops += 0 if train else head_flops(shape, responses)
         mfu, logit_s = (rates.train_mfu, rates.logit_train_s) if train else (rates.forward_mfu, rates.logit_forward_s)
         logits_s = responses / c * shape.padded_vocab(t) / t * logit_s

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,10 @@ from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import PolicyConfig
 from megatron_fapo.observe.log import setup_logging
 from megatron_fapo.observe.trace import DIRECTORY, OWN, TRACER, Told
-from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.checkpoint import Part, Saver, load, verify
 from megatron_fapo.policy.hf_weights import exports, owns_export
 from megatron_fapo.policy.parallel import Rank
-from megatron_fapo.policy.worker import PolicyWorker, StepResult
+from megatron_fapo.policy.worker import ByMicroBatch, PolicyWorker, StepResult
 from megatron_fapo.processes import use_interface_of
 
 if TYPE_CHECKING:
@@ -97,14 +97,14 @@ class PolicyActor:
         return self._up.memory.enter(phase)
 
     @traced
-    def logprobs(self, packs: Sequence[Sequence[TrainSample]], reference: bool) -> list[list[list[float]]] | None:
+    def logprobs(self, packs: bytes, reference: bool) -> ByMicroBatch | None:
         """Collective; see PolicyWorker.logprobs."""
-        return self._up.logprobs(packs, reference=reference)
+        return self._up.logprobs(pickle.loads(packs), reference=reference)
 
     @traced
-    def train(self, packs: Sequence[Sequence[TrainSample]], loss: str) -> StepResult:
+    def train(self, packs: bytes, loss: str) -> StepResult:
         """Collective; see PolicyWorker.train."""
-        return self._up.train(packs, loss=loss)
+        return self._up.train(pickle.loads(packs), loss=loss)
 
     @traced
     def save(self, directory: str) -> None:

@@ -19,23 +19,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_fapo.policy.attention import slices_of
 
+Numbers = Any
+"""A sequence of numbers; a sample makes an array of it. As Python numbers, samples would be sent to the ranks, and
+packed there, one number at a time."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class TrainSample:
     """One sample as the policy needs it."""
 
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
+    prompt_ids: Numbers
+    response_ids: Numbers
     advantage: float = 0.0
-    old_logprobs: tuple[float, ...] | None = None
-    """By the policy itself under the weights that the rollout was sampled with; one per response token."""
-    behaviour_logprobs: tuple[float, ...] | None = None
+    old_logprobs: Numbers | None = None
+    """By the policy itself as it was when the step began, one per response token. None: it is so still, and the forward
+    pass of training gives them."""
+    behaviour_logprobs: Numbers | None = None
     """The same tokens as the rollout engine saw them."""
-    reference_logprobs: tuple[float, ...] | None = None
+    reference_logprobs: Numbers | None = None
+    versions: tuple[tuple[int, int], ...] = ((0, 0),)
+    """Whose weights the engine had (data.records.Sample.versions)."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_ids", "response_ids", "old_logprobs", "behaviour_logprobs", "reference_logprobs"):
+            if (value := getattr(self, name)) is not None:
+                kind = np.int32 if name.endswith("ids") else np.float32
+                object.__setattr__(self, name, np.asarray(value, dtype=kind))
+
+    @property
+    def token_ids(self) -> np.ndarray[Any, Any]:
+        return np.concatenate([self.prompt_ids, self.response_ids])
 
     @property
     def tokens(self) -> int:
@@ -110,9 +128,10 @@ def build_micro_batch(
     """
     padded = padded_lengths([s.tokens for s in samples] or [1], padding)
     ends = [0, *itertools.accumulate(padded)]
-    tokens_T = torch.zeros(ends[-1], dtype=torch.long)
+    row = np.zeros(ends[-1], dtype=np.int64)
     for start, s in zip(ends, samples, strict=False):
-        tokens_T[start : start + s.tokens] = torch.tensor(s.prompt_ids + s.response_ids)
+        row[start : start + s.tokens] = s.token_ids
+    tokens_T = torch.from_numpy(row)
 
     parts = [(start, part) for i, start in enumerate(ends[:-1]) for part in slices_of(padded[i], rank, ranks)]
     mine = torch.cat([torch.arange(start + part.start, start + part.stop) for start, part in parts])
@@ -129,13 +148,13 @@ def build_micro_batch(
         # while the host prepares the micro-batch.
         return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
-    def flat(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+    def flat(name: str, dtype: type = np.float32) -> torch.Tensor | None:
         values = [getattr(s, name) for s in samples]
-        if None in values:
+        if any(value is None for value in values):
             return None
-        return send(torch.tensor([x for v in values for x in v], dtype=dtype)[place_N])
+        return send(torch.from_numpy(np.concatenate([np.empty(0, dtype), *values]))[place_N])
 
-    target_N = flat("response_ids", torch.long)
+    target_N = flat("response_ids", np.int64)
     assert target_N is not None
     advantage_M = torch.tensor([s.advantage for s in samples]).repeat_interleave(torch.tensor(counts, dtype=torch.long))
     return MicroBatch(
@@ -153,6 +172,6 @@ def build_micro_batch(
     )
 
 
-def set_logprobs(samples: Sequence[TrainSample], name: str, values: Sequence[Sequence[float]]) -> list[TrainSample]:
+def set_logprobs(samples: Sequence[TrainSample], name: str, values: Sequence[Numbers]) -> list[TrainSample]:
     """The samples with `old_logprobs` or `reference_logprobs` filled in."""
-    return [replace(s, **{name: tuple(v)}) for s, v in zip(samples, values, strict=True)]  # type: ignore[arg-type]
+    return [replace(s, **{name: v}) for s, v in zip(samples, values, strict=True)]

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from megatron_fapo.errors import UserError
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.observe.trace import TRACER, Told
 from megatron_fapo.policy.actor import copy_model_files
-from megatron_fapo.policy.batch import TrainSample
+from megatron_fapo.policy.batch import Numbers, TrainSample
 from megatron_fapo.policy.checkpoint import Part
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.policy.hf_weights import write_index
 from megatron_fapo.policy.packing import CostModel, Schedule, schedule_for
 from megatron_fapo.policy.parallel import Rank
-from megatron_fapo.policy.worker import SUPERVISED
+from megatron_fapo.policy.worker import SUPERVISED, ByMicroBatch
 from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError, how_lost, is_lost
 from megatron_fapo.weight_sync.protocol import RefitError
 
@@ -39,6 +40,16 @@ _PROCESS_GRACE_S, _NODE_GRACE_S = 5.0, 40.0
 
 class PolicyDiedError(ProcessDiedError):
     """A policy rank failed or its process is gone."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer update has found."""
+
+    metrics: dict[str, float]
+    """`policy/...`."""
+    logprobs: list[Numbers]
+    """Of every sample as the policy had them before the update, if none came with old ones; else []."""
 
 
 class PolicyGroup:
@@ -104,24 +115,27 @@ class PolicyGroup:
         ledgers = await self._gather("memory", [actor.enter.remote(phase) for actor in self._actors])
         return {name: max(ledger[name] for ledger in ledgers) for name in ledgers[0]}
 
-    async def logprobs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[list[float]]:
-        """Log-probabilities of the response tokens, one list per sample, in order."""
+    async def logprobs(self, samples: Sequence[TrainSample], *, reference: bool = False) -> list[Numbers]:
+        """Log-probabilities of the response tokens, one array per sample, in order."""
         plan = self._schedule(samples, self._config.policy.logprob_micro_batch_tokens)
         calls = [
             actor.logprobs.remote(packs, reference)
             for actor, packs in zip(self._actors, self._put(samples, plan), strict=True)
         ]
-        results = await self._gather("logprobs", calls)
-        merged: list[list[float]] = [[] for _ in samples]
-        for facts, result in zip(self._facts, results, strict=True):
-            if facts["reports"]:
-                for part, values in zip(plan.micro_batches[facts["data_rank"]], result, strict=True):
-                    for index, value in zip(part, values, strict=True):
-                        merged[index] = value
-        return merged
+        return self._in_order(plan, await self._gather("logprobs", calls))
 
-    async def train(self, samples: Sequence[TrainSample], *, loss: str = "policy") -> dict[str, float]:
-        """One optimizer update on one global mini-batch; returns its metrics, `policy/...`."""
+    def _in_order(self, plan: Schedule, results: Sequence[ByMicroBatch | None]) -> list[Numbers]:
+        """Of every sample what a rank that reports has found."""
+        found: dict[int, Numbers] = {}
+        for facts, result in zip(self._facts, results, strict=True):
+            if result is not None:
+                for part, values in zip(plan.micro_batches[facts["data_rank"]], result, strict=True):
+                    found |= zip(part, values, strict=True)
+        return [found[i] for i in range(len(found))]
+
+    async def train(self, samples: Sequence[TrainSample], *, loss: str = "policy") -> Update:
+        """One optimizer update on one global mini-batch. Samples without old log-probabilities are taken to have been
+        sampled by the weights as they are: the first update of a step needs none."""
         plan = self._schedule(samples, self._config.policy.micro_batch_tokens)
         packs = self._put(samples, plan)
         calls = [actor.train.remote(mine, loss) for actor, mine in zip(self._actors, packs, strict=True)]
@@ -133,8 +147,9 @@ class PolicyGroup:
                     sums[name] = sums.get(name, 0.0) + value
         metrics = {"policy/grad_norm": results[0].grad_norm, "policy/lr": results[0].lr}
         if loss == SUPERVISED:
-            return metrics | {"policy/supervised_loss": sums["supervised_loss"] / max(sums["tokens"], 1.0)}
-        return metrics | finish_token_sums(sums)
+            return Update(metrics | {"policy/supervised_loss": sums["supervised_loss"] / max(sums["tokens"], 1.0)}, [])
+        logprobs = self._in_order(plan, [result.logprobs for result in results])
+        return Update(metrics | finish_token_sums(sums), logprobs)
 
     def _schedule(self, samples: Sequence[TrainSample], max_tokens: int) -> Schedule:
         return schedule_for(self._config.policy.parallel, self._cost, [s.tokens for s in samples], max_tokens)
@@ -148,7 +163,9 @@ class PolicyGroup:
         """The micro-batches of each data-parallel replica once into the object store; one reference per rank."""
         import ray
 
-        refs = [ray.put([[samples[i] for i in part] for part in rank]) for rank in plan.micro_batches]
+        # As one string: Ray would send each array of each sample as a buffer of its own, which takes longer.
+        packs = [[[samples[i] for i in part] for part in rank] for rank in plan.micro_batches]
+        refs = [ray.put(pickle.dumps(each, protocol=5)) for each in packs]
         return [refs[facts["data_rank"]] for facts in self._facts]
 
     async def profile(self, step: int | None) -> None:

@@ -10,10 +10,12 @@ come from its tensor rank 0; other ranks return None.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_fapo.algorithm.loss import LossInputs, policy_loss
@@ -28,6 +30,9 @@ from megatron_fapo.policy.parallel import Rank, join
 SUPERVISED = "supervised"
 """Loss name for warm-ups: cross-entropy on the response tokens, with nothing else changed."""
 
+ByMicroBatch = list[list[np.ndarray[Any, Any]]]
+"""Log-probabilities of the response tokens, float32: [micro-batch][sample]."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -38,6 +43,8 @@ class StepResult:
     grad_norm: float
     lr: float
     """Learning rate that this update used."""
+    logprobs: ByMicroBatch | None = None
+    """As the policy had them before the update, if samples came without `old_logprobs`; None off ranks that report."""
 
 
 class PolicyWorker:
@@ -121,6 +128,7 @@ class PolicyWorker:
                 vocab=self.shape.vocab,
                 rank=group.rank(),
                 group=group,
+                keep=self.cfg.output_layer == "keep",
             )
             assert entropy_N is not None
             # Without an entropy term it is a metric only, whose gradient of zeros would be worked out all the same.
@@ -154,7 +162,7 @@ class PolicyWorker:
         )
 
     def _refuse_foreign_tokens(self, packs: Sequence[Sequence[TrainSample]]) -> None:
-        largest = max((max(s.prompt_ids + s.response_ids) for pack in packs for s in pack), default=0)
+        largest = max((int(s.token_ids.max()) for pack in packs for s in pack), default=0)
         if largest >= self.shape.vocab:
             # The vocabulary-parallel embedding would read zeros for it, and nothing would fail.
             raise ValueError(
@@ -163,29 +171,36 @@ class PolicyWorker:
             )
 
     @torch.no_grad()
-    def logprobs(
-        self, packs: Sequence[Sequence[TrainSample]], *, reference: bool = False
-    ) -> list[list[list[float]]] | None:
-        """Log-probabilities of the response tokens at the sampling temperature: one list per sample, by micro-batch.
+    def logprobs(self, packs: Sequence[Sequence[TrainSample]], *, reference: bool = False) -> ByMicroBatch | None:
+        """Log-probabilities of the response tokens at the sampling temperature.
 
         Args:
             packs: the samples of each micro-batch of this data-parallel rank.
             reference: under the weights the run started from (kept when algorithm.kl_coef > 0).
         """
 
-        def collect(logprob_N: torch.Tensor, _: torch.Tensor, batch: MicroBatch) -> list[list[float]]:
-            values = torch.zeros(sum(batch.response_lengths), device=self.device)
-            values[batch.place_N] = logprob_N
-            if self.context[1] > 1:  # each context rank has a part of the tokens
-                torch.distributed.all_reduce(values, group=self.state.get_context_parallel_group())
-            return [part.tolist() for part in values.cpu().split(batch.response_lengths)]
-
         self.memory.require("logprobs")
         for model in self.ddp:
             model.eval()
         with self._weights(self.reference) if reference else contextlib.nullcontext():
-            outputs = self._run(packs, collect, forward_only=True)
-        return outputs if self.reports else None
+            outputs = self._run(packs, lambda logprob_N, _, batch: (logprob_N, batch), forward_only=True)
+        return self._by_sample(outputs)
+
+    def _by_sample(self, outputs: Sequence[tuple[torch.Tensor, MicroBatch]]) -> ByMicroBatch | None:
+        """What all micro-batches have given, fetched at once: while it fetches, a rank launches nothing."""
+        rows = []
+        for logprob_N, batch in outputs:
+            row = torch.zeros(sum(batch.response_lengths), device=self.device)
+            row[batch.place_N] = logprob_N
+            rows.append(row)
+        if not rows:  # not the last stage
+            return None
+        values = torch.cat(rows)
+        if self.context[1] > 1:  # each context rank has a part of the tokens
+            torch.distributed.all_reduce(values, group=self.state.get_context_parallel_group())
+        lengths = [batch.response_lengths for _, batch in outputs]
+        parts = iter(np.split(values.cpu().numpy(), np.cumsum(list(itertools.chain(*lengths)), dtype=int)))
+        return [[next(parts) for _ in each] for each in lengths] if self.reports else None
 
     def _copy_of_weights(self, device: str | None = None) -> list[torch.Tensor]:
         return [p.detach().to(device or p.device, copy=True) for chunk in self.chunks for p in chunk.parameters()]
@@ -204,43 +219,54 @@ class PolicyWorker:
             for parameter, value in zip(parameters, own, strict=True):
                 parameter.data.copy_(value)
 
-    def gradients(self, packs: Sequence[Sequence[TrainSample]], *, loss: str = "policy") -> dict[str, float]:
-        """Forward and backward of one global mini-batch; gradients stay in the buffers. Returns token sums."""
+    def gradients(
+        self, packs: Sequence[Sequence[TrainSample]], *, loss: str = "policy"
+    ) -> tuple[dict[str, float], ByMicroBatch | None]:
+        """Forward and backward of one global mini-batch; gradients stay in the buffers. Returns token sums, and
+        log-probabilities if the samples came without old ones."""
 
         def token_loss(
             logprob_N: torch.Tensor, entropy_N: torch.Tensor, batch: MicroBatch
-        ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-            count = torch.tensor(len(batch.target_N), dtype=torch.int, device=self.device)
+        ) -> tuple[torch.Tensor, torch.Tensor, tuple[dict[str, torch.Tensor], torch.Tensor, MicroBatch]]:
+            # Filled on the device: a number copied there would have the host wait for the forward pass.
+            count = torch.full((), len(batch.target_N), dtype=torch.int, device=self.device)
+            total, sums = logprob_N.sum(), {}
             if loss == SUPERVISED:
-                total = -logprob_N.sum()
-                return total, count, {"tokens": count.double(), "supervised_loss": total.detach().double()}
-            if not len(batch.target_N):  # no samples, or their responses lie with other context ranks
-                return logprob_N.sum(), count, {}
-            outputs = policy_loss(_loss_inputs(batch, logprob_N, entropy_N), self.algorithm)
-            return outputs.loss_sum, count, outputs.token_sums
+                total = -total
+                sums = {"tokens": count.double(), "supervised_loss": total.detach().double()}
+            elif len(batch.target_N):  # else no samples, or their responses lie with other context ranks
+                outputs = policy_loss(_loss_inputs(batch, logprob_N, entropy_N), self.algorithm)
+                total, sums = outputs.loss_sum, outputs.token_sums
+            return total, count, (sums, logprob_N.detach(), batch)
 
         self.memory.require("train")
         for model in self.ddp:
             model.train()
             model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums: dict[str, float] = {}
-        for micro in self._run(packs, token_loss, forward_only=False):
+        given = {s.old_logprobs is not None for pack in packs for s in pack}
+        assert len(given) < 2, "either all samples of a mini-batch have old log-probabilities or none has"
+        outputs = self._run(packs, token_loss, forward_only=False)
+        sums: dict[str, torch.Tensor] = {}
+        for micro, _, _ in outputs:
             for name, value in micro.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return sums
+                sums[name] = sums[name] + value if name in sums else value
+        values = torch.stack([*sums.values()]).tolist() if sums else []
+        own = loss != SUPERVISED and True not in given
+        logprobs = self._by_sample([(each, batch) for _, each, batch in outputs]) if own else None
+        return dict(zip(sums, values, strict=True)), logprobs
 
     def train(self, packs: Sequence[Sequence[TrainSample]], *, loss: str = "policy") -> StepResult:
         """One optimizer update on one global mini-batch; `packs` are this data-parallel rank's micro-batches."""
         with TRACER.on(OWN, "gradients"):
-            sums = self.gradients(packs, loss=loss)
+            sums, logprobs = self.gradients(packs, loss=loss)
         lr = float(self.optimizer.param_groups[0]["lr"])
         with TRACER.on(OWN, "optimizer"):
             updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise RuntimeError("the optimizer skipped its update: gradients hold inf or nan")
         self.scheduler.step(increment=1)
-        return StepResult(sums if self.reports else {}, float(grad_norm or 0.0), lr)
+        return StepResult(sums if self.reports else {}, float(grad_norm or 0.0), lr, logprobs)
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """HF-named full tensors of this pipeline stage; collective over the ranks that `exports`."""
@@ -273,10 +299,10 @@ def _loss_inputs(batch: MicroBatch, logprob_N: torch.Tensor, entropy_N: torch.Te
     def row(values: torch.Tensor | None) -> torch.Tensor | None:
         return None if values is None else values[None]
 
-    assert batch.old_N is not None, "old log-probabilities are computed before training"
+    old_N = logprob_N.detach() if batch.old_N is None else batch.old_N
     return LossInputs(
         logprobs_BT=logprob_N[None],
-        old_logprobs_BT=batch.old_N[None],
+        old_logprobs_BT=old_N[None],
         advantages_BT=batch.advantage_N[None],
         mask_BT=torch.ones_like(logprob_N[None], dtype=torch.bool),
         behaviour_logprobs_BT=row(batch.behaviour_N),

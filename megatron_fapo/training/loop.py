@@ -9,17 +9,17 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from megatron_fapo.algorithm.metrics import mismatch_metrics, step_metrics
+from megatron_fapo.algorithm.metrics import step_metrics
 from megatron_fapo.config.root import Config
 from megatron_fapo.config.show import dump_yaml
 from megatron_fapo.data.cursor import DataCursor
 from megatron_fapo.data.datasets import load_prompts
-from megatron_fapo.data.records import Group, Sample, ScoredSample
+from megatron_fapo.data.records import Group
 from megatron_fapo.errors import CheckpointError, UserError
 from megatron_fapo.observe.drift import DriftWatch
 from megatron_fapo.observe.log import setup_logging
@@ -32,16 +32,18 @@ from megatron_fapo.observe.samples import write_samples
 from megatron_fapo.observe.spans import Span
 from megatron_fapo.observe.stall import WAITS, StallWatch
 from megatron_fapo.observe.trace import DRIVER, TRACER, summarize, wall, write_step
-from megatron_fapo.policy.batch import TrainSample, set_logprobs
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.policy.hf_config import read_model_shape
 from megatron_fapo.processes import ProcessDiedError
+from megatron_fapo.training.ahead import Ahead
 from megatron_fapo.training.checkpoint import Checkpoints, DamagedCheckpointError, RunState, files_of, require_space
 from megatron_fapo.training.cluster import Cluster, launch
 from megatron_fapo.training.evaluation import EvaluationSets, evaluate, load_evaluation_sets
 from megatron_fapo.training.failure import EXIT_FAILED, forget_failure, report_failure
+from megatron_fapo.training.rollouts import Rolled, rollout
 from megatron_fapo.training.signals import EXIT_INTERRUPTED, EXIT_SAVED, StopRequest, StopRequestedError
-from megatron_fapo.training.step import Taken, make_groups, mini_batches, training_samples
+from megatron_fapo.training.step import mini_batches, training_samples
+from megatron_fapo.training.update import GATED, update
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,11 @@ class Run:
         """False while the policy is being updated: its weights are then no step's."""
         self.phases: dict[str, float] = {}
         self.drift = DriftWatch(config.observe.drift_window, config.observe.drift_threshold)
+        self.mismatch: float | None = None
+        """What the newest step that measured it has of the gated metric."""
         for record in read_metrics(self.dir) if (self.dir / METRICS_FILE).exists() else []:
             self.drift.add(record)
+            self.mismatch = record.get(GATED, self.mismatch)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -94,6 +99,7 @@ class Run:
         for each in said:
             log.warning("drift: %s", each)
         self.writer.write(step, metrics | alarms)
+        self.mismatch = metrics.get(GATED, self.mismatch)
         if step:
             self.progress.step(metrics)
         if due(step, self.config.observe.trace_every_steps, 0):
@@ -157,10 +163,9 @@ class Run:
 
 
 async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets, stop: StopRequest) -> None:
-    """Steps `run.state.step + 1` to `training.steps`. Between steps, `run.state` and the policy are all there is."""
-    assert cluster.policy is not None
-    assert cluster.reward is not None
-    policy, cfg = cluster.policy, config.training
+    """Steps `run.state.step + 1` to `training.steps`. Between steps, `run.state` and the policy are all that counts:
+    what was generated ahead can be generated again."""
+    cfg = config.training
     TRACER.begin()
     with run.phase("refit"):
         await cluster.refit(run.state.weight_version)
@@ -175,14 +180,30 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         run.writer.amend(run.state.step, run.state.evaluation)
         run.checkpoints.amend(run.state)
 
+    def start(step: int) -> Coroutine[Any, Any, Rolled]:
+        taken, cursor = run.cursor.take(cfg.prompts_per_step), run.cursor.state_dict()
+        return cluster.while_judged(rollout(config, cluster, run.progress, ahead, step, taken, cursor))
+
+    async with Ahead(start, run.state.step, cfg.steps, cfg.asynchrony.max_staleness) as ahead:
+        await take_steps(config, cluster, run, sets, stop, ahead)
+    await run.saved()
+
+
+async def take_steps(
+    config: Config, cluster: Cluster, run: Run, sets: EvaluationSets, stop: StopRequest, ahead: Ahead[Rolled]
+) -> None:
+    """The steps of `train`."""
+    assert cluster.policy is not None
+    policy, cfg = cluster.policy, config.training
+    evaluates = bool(sets) and cfg.evaluation.every_steps > 0
     for step in range(run.state.step + 1, cfg.steps + 1):
         if not cluster.serving:  # a checkpoint put colocated engines to sleep
             with run.phase("refit"):
                 await cluster.refit(run.state.weight_version)
-        cluster.reward.begin_step(step)
-        taken = run.cursor.take(cfg.prompts_per_step)
-        groups = await stop.race(cluster.while_judged(rollout(config, cluster, run, taken)))
-        metrics = step_metrics(groups, config.reward.task) | cluster.reward.metrics()
+        ahead.begin(step)
+        rolled = await stop.race(next_rollout(run, ahead, step))
+        groups = rolled.groups
+        metrics = step_metrics(groups, config.reward.task) | rolled.scoring
         if cfg.log_samples_every_steps and step % cfg.log_samples_every_steps == 0:
             write_samples(run.dir, step, [s for group in groups for s in group.samples])
         try:
@@ -193,34 +214,24 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
 
         if profiled := step in config.observe.profile_steps:
             await policy.profile(step)
-        by_group = training_samples(groups, config)
-        samples = [s for group in by_group for s in group]
-        with run.phase("logprobs"):
-            await cluster.enter("logprobs")
-            old = await policy.logprobs(samples)
-            samples = set_logprobs(samples, "old_logprobs", old)
-            if config.algorithm.kl_coef > 0:
-                reference = await policy.logprobs(samples, reference=True)
-                samples = set_logprobs(samples, "reference_logprobs", reference)
-        metrics |= mismatch(samples)
 
-        remaining = iter(samples)
-        by_group = [[next(remaining) for _ in group] for group in by_group]
-        updates = []
-        stop.check()  # the last place before the updates, which may take many minutes
-        run.between_steps = False
-        with run.phase("train"):
-            await cluster.enter("train")
-            for batch in mini_batches(by_group, cfg.prompts_per_mini_batch):
-                updates.append(await policy.train(batch))
-        metrics |= {name: sum(u[name] for u in updates) / len(updates) for name in (updates[0] if updates else {})}
+        def check() -> None:
+            stop.check()
+            ahead.check()
+
+        batches = mini_batches(training_samples(groups, config), cfg.prompts_per_mini_batch)
+        metrics |= await update(config, cluster, run, batches, check)
 
         version = run.state.weight_version + 1
-        run.state, run.between_steps = RunState(step, version, run.cursor.state_dict()), True
+        run.state, run.between_steps = RunState(step, version, rolled.cursor), True
         try:
             if profiled:
                 with run.phase("profile"):
                     await policy.profile(None)
+            if ahead.generating and not config.weight_sync.in_flight:
+                with run.phase("drain"):
+                    await stop.race(ahead.idle())
+            ahead.check()
             with run.phase("refit"):
                 metrics |= await cluster.refit(version)
             if evaluates and due(step, cfg.evaluation.every_steps, cfg.steps):
@@ -236,54 +247,18 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         stop.check()
         await run.saved(wait=False)
         cluster.require_servers()
-    await run.saved()
 
 
-async def rollout(config: Config, cluster: Cluster, run: Run, taken: Taken) -> list[Group]:
-    """All samples of the step, each scored from the moment it is finished; by colocated judges, when all are."""
-    assert cluster.rollout is not None
-    assert cluster.reward is not None
-    cfg, total = config.rollout, len(taken) * config.rollout.samples_per_prompt
-    counts = {"done": 0, "scored": 0, "unscored": 0, "tokens": 0}
-    began, generated = time.monotonic(), 0.0
-
-    async def counted(samples: AsyncIterator[Sample]) -> AsyncIterator[Sample]:
-        nonlocal generated
-        async for sample in samples:
-            counts["done"] += 1
-            counts["tokens"] += len(sample.token_ids)
-            generated = time.monotonic() - began
-            yield sample
-
+async def next_rollout(run: Run, ahead: Ahead[Rolled], step: int) -> Rolled:
+    """The rollout of the step; the time that it is waited for counts as `rollout`, from its last sample on as
+    `score_tail`."""
     run.progress.phase("rollout")
-    stream = cluster.rollout.generate(
-        [prompt for prompt, _ in taken],
-        [epoch for _, epoch in taken],
-        n=cfg.samples_per_prompt,
-        sampling=cfg.sampling,
-        max_tokens=cfg.max_response_tokens,
-    )
-    scored: list[ScoredSample] = []
-    judged = cluster.reward.score_stream(counted(stream), turn=cluster.judges_turn(), group_size=cfg.samples_per_prompt)
-    async with contextlib.aclosing(judged) as results:
-        async for each in results:
-            scored.append(each)
-            counts["scored" if each.score.unscored_reason is None else "unscored"] += 1
-            run.progress.samples(**counts, total=total)
-    run.spent("rollout", began, began + generated)
-    run.spent("score_tail", began + generated, time.monotonic())
-    return make_groups(taken, scored)
-
-
-def mismatch(samples: list[TrainSample]) -> dict[str, float]:
-    """How far the engine's log-probabilities are from the policy's own, on the tokens of the step."""
-    import torch
-
-    if not samples:
-        return {}
-    old = torch.tensor([x for s in samples for x in s.old_logprobs or ()])
-    behaviour = torch.tensor([x for s in samples for x in s.behaviour_logprobs or ()])
-    return mismatch_metrics(old, behaviour, torch.ones_like(old, dtype=torch.bool))
+    began = time.monotonic()
+    rolled = await ahead.groups(step)
+    generated = max(began, rolled.generated_at)
+    run.spent("rollout", began, generated)
+    run.spent("score_tail", generated, time.monotonic())
+    return rolled
 
 
 def refuse_unscored(groups: list[Group], limit: float, step: int) -> None:

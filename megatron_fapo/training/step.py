@@ -46,6 +46,7 @@ def training_samples(groups: Sequence[Group], config: Config) -> list[list[Train
                     response_ids=each.sample.token_ids,
                     advantage=advantage,
                     behaviour_logprobs=each.sample.logprobs,
+                    versions=each.sample.versions,
                 )
                 for each, advantage in zip(group.samples, advantages, strict=True)
                 if advantage is not None

@@ -90,7 +90,7 @@ async def _warmup(config: Config, data: Path, out: Path) -> int:
         async with launch(config, rollout=False) as cluster:
             assert cluster.policy is not None
             for step in range(1, steps + 1):
-                metrics = await cluster.policy.train(next(source), loss=SUPERVISED)
+                metrics = (await cluster.policy.train(next(source), loss=SUPERVISED)).metrics
                 writer.write(step, metrics)
                 if step % max(steps // 10, 1) == 0:
                     log.info("warm-up %d/%d  loss %.4f", step, steps, metrics["policy/supervised_loss"])

@@ -113,11 +113,11 @@ def _reference_model(path: str) -> Any:
 
 def reference_logprobs(path: str, sample: TrainSample, temperature: float = 1.0) -> torch.Tensor:
     """By transformers, one sample at a time, unpadded: the second way to compute the same thing."""
-    ids = torch.tensor([sample.prompt_ids + sample.response_ids])
+    ids = torch.tensor(sample.token_ids)[None].long()
     logits = _reference_model(path)(ids).logits[0].float() / temperature
     first = len(sample.prompt_ids) - 1
     rows = logits[first : first + len(sample.response_ids)].log_softmax(-1)
-    return rows.gather(1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+    return rows.gather(1, torch.tensor(sample.response_ids).long()[:, None])[:, 0]
 
 
 def reference_gradients(path: str, samples: list[TrainSample]) -> dict[str, torch.Tensor]:

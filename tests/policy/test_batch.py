@@ -23,7 +23,7 @@ def test_samples_lie_one_after_the_other() -> None:
     ends = batch.cu_seqlens.tolist()
     assert ends[-1] == batch.tokens_1t.shape[1] == sum(s.tokens for s in SAMPLES)  # nothing is padded
     for start, end, s in zip(ends, ends[1:], SAMPLES, strict=False):
-        assert tuple(batch.tokens_1t[0, start:end].tolist()) == s.prompt_ids + s.response_ids
+        assert batch.tokens_1t[0, start:end].tolist() == s.token_ids.tolist()
     assert batch.longest == max(s.tokens for s in SAMPLES)
     # Each token is predicted from the position before it.
     assert batch.tokens_1t[0, batch.index_N + 1].tolist() == batch.target_N.tolist() == FLAT
@@ -42,10 +42,10 @@ def test_context_ranks_share_out_every_token_once(ranks: int) -> None:
     assert places.sort().values.tolist() == list(range(len(FLAT)))
     assert torch.cat([part.target_N for part in parts])[places.argsort()].tolist() == FLAT
     old = torch.cat([part.old_N for part in parts])[places.argsort()]  # type: ignore[arg-type]
-    assert old.tolist() == pytest.approx([x for s in SAMPLES for x in s.old_logprobs or ()])
+    assert old.tolist() == pytest.approx([x for s in SAMPLES for x in s.old_logprobs])
     # The tokens are the pack's, each rank with its first and its last slices.
     tokens = sorted(t for part in parts for t in part.tokens_1t[0].tolist())
-    assert tokens == sorted([t for s in SAMPLES for t in s.prompt_ids + s.response_ids] + [0] * (ends[-1] - _total()))
+    assert tokens == sorted([t for s in SAMPLES for t in s.token_ids] + [0] * (ends[-1] - _total()))
 
 
 def _total() -> int:

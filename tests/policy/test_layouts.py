@@ -15,7 +15,7 @@ import torch
 
 from megatron_fapo.config.algorithm import AlgorithmConfig
 from megatron_fapo.config.policy import PolicyConfig
-from megatron_fapo.policy.batch import TrainSample
+from megatron_fapo.policy.batch import TrainSample, set_logprobs
 from megatron_fapo.policy.hf_weights import HFCheckpoint, model_rules
 from megatron_fapo.policy.parallel import Rank
 from tests.policy.models import make_samples, reference_gradients, reference_logprobs, write_model
@@ -169,6 +169,45 @@ def test_gradients_equal_autograd_of_the_plain_formula(ranks: Ranks, qwen3: str,
             )
             found.add(name)
     assert found == reference.keys()
+
+
+def own_logprobs_job(rank: Rank, cfg: PolicyConfig, samples: list[TrainSample]) -> Any:
+    """Of the first update, with old log-probabilities of a pass of their own and without: gradients, metrics, and the
+    log-probabilities themselves."""
+    worker = make_worker(rank, cfg, AlgorithmConfig(tis_cap=2.0, entropy_coef=0.01), temperature=0.7)
+    packs = packs_of(worker, samples)[1]
+    passed = worker.logprobs(packs)
+    # Ranks that do not report know none: all ranks of a replica have the same samples.
+    gathered: list[Any] = [None] * cfg.parallel.world_size
+    torch.distributed.all_gather_object(gathered, (worker.data_rank, passed))
+    old = next(values for data, values in gathered if data == worker.data_rank and values is not None)
+    filled = [set_logprobs(pack, "old_logprobs", part) for pack, part in zip(packs, old, strict=True)]
+    bare = [set_logprobs(pack, "old_logprobs", [None] * len(pack)) for pack in packs]
+    results = []
+    for each in (filled, bare):
+        sums, logprobs = worker.gradients(each)
+        results.append((_hf_gradients(worker), sums, logprobs))
+    worker.close()
+    return passed, results
+
+
+@pytest.mark.parametrize("layout", ["TP2+SP", "DP2", "CP2", "PP2+VPP2"])
+def test_the_first_update_needs_no_pass_for_old_logprobs(ranks: Ranks, qwen3: str, layout: str) -> None:
+    """Bit for bit: the forward pass of training gives what the pass would have given for the same packs."""
+    cfg = policy_config(qwen3, LAYOUTS[layout], micro_batch_tokens=PACKED)
+    reported = 0
+    for passed, ((one, sums, none), (other, own_sums, own)) in ranks.run(
+        cfg.parallel.world_size, own_logprobs_job, cfg, make_samples(9)
+    ):
+        assert one.keys() == other.keys()
+        assert all((one[name] == other[name]).all() for name in one)
+        assert sums == own_sums
+        assert none is None
+        assert (own is None) == (passed is None)
+        for part, own_part in zip(passed or [], own or [], strict=True):
+            assert [x.tolist() for x in part] == [x.tolist() for x in own_part]
+            reported += len(part)
+    assert reported >= 9
 
 
 @pytest.mark.parametrize(
