@@ -154,6 +154,18 @@ RULES = (
         "engines that take turns fall asleep, and samples in flight are lost: set in_flight to false",
     ),
     Rule(
+        ("algorithm.old_logprobs", "algorithm.tis_cap"),
+        lambda c: c.algorithm.old_logprobs == "engine" and c.algorithm.tis_cap is not None,
+        "pi_old / pi_behaviour is 1 where the engine's log-probabilities stand for both, and corrects nothing: set "
+        "old_logprobs to policy, or tis_cap to null",
+    ),
+    Rule(
+        ("algorithm.old_logprobs", "training.asynchrony.max_staleness"),
+        lambda c: c.algorithm.old_logprobs == "engine" and c.training.asynchrony.max_staleness > 0,
+        "the engine's log-probabilities of older samples are another policy's: set old_logprobs to policy, or "
+        "max_staleness to 0",
+    ),
+    Rule(
         ("training.asynchrony.max_staleness", "algorithm.tis_cap"),
         lambda c: c.training.asynchrony.max_staleness > 0 and c.algorithm.tis_cap is None,
         "samples of older versions need importance weights: set tis_cap, such as 2.0, or max_staleness to 0",

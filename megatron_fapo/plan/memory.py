@@ -172,8 +172,8 @@ def layer_bytes(shape: ModelShape, parallel: ParallelConfig, pack: Pack, element
 
 def _head(shape: ModelShape, cfg: PolicyConfig, pack: Pack, element: int, fused: bool, *, train: bool) -> int:
     """The most that the log-probabilities hold at once, forward and (for training) backward: blocks of float32 logits,
-    the hidden states of responses with their gradient in float32, the gradient of the output weight; and, where training
-    keeps them, the logits of all blocks until the backward has come to the last."""
+    the hidden states of responses with their gradient in float32, the gradient of the output weight; and, if training
+    keeps them, the logits of all blocks."""
     rows = shape.padded_vocab(cfg.parallel.tensor) // cfg.parallel.tensor
     states, h = max(pack.responses, 1), shape.hidden
     width = min(rows, max(1, CHUNK_BYTES // (4 * max(states, h)) // 128) * 128)

@@ -107,6 +107,17 @@ def test_context_ranks_share_optimizer_state_and_expert_ranks_do_not() -> None:
     assert state[2][1] == state[0][1]  # ... whose state nobody shares, as before each had a quarter of all
 
 
+def test_kept_logits_are_counted_in_training_alone() -> None:
+    # On each of two tensor ranks half of the rows, a float32 each for 4,096 tokens; less the block that is there anyway.
+    cfg = PolicyConfig(parallel=ParallelConfig(tensor=2))
+    keep, pack = cfg.model_copy(update={"output_layer": "keep"}), memory.Pack(4096, 4096)
+    shape = BUILT_IN["Qwen2.5-7B"]
+    rows, block = shape.padded_vocab(2) // 2, memory.CHUNK_BYTES // (4 * 4096)
+    for train, more in ((True, 4 * 4096 * (rows - block)), (False, 0)):
+        plain, kept = (memory._head(shape, each, pack, 2, True, train=train) for each in (cfg, keep))
+        assert kept - plain == more
+
+
 def test_offloading_leaves_what_a_phase_needs() -> None:
     args = ("cluster.rollout_nodes=0", "rollout.colocated=true", "policy.offload=true")
     kept, moved = (make_planner("fapo_7b.yaml", "4x8xH100", *each) for each in ((), args))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_fapo.config.algorithm import AlgorithmConfig
+from megatron_fapo.config.load import ConfigError, load_config
 from megatron_fapo.config.root import Config
 from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.group import Update
@@ -121,3 +122,13 @@ def test_nothing_to_train_on() -> None:
     metrics, calls, _ = _update(0)
     assert calls == ["check"]
     assert metrics == {}
+
+
+@pytest.mark.parametrize(
+    "other", [["algorithm.tis_cap=2.0"], ["algorithm.tis_cap=2.0", "training.asynchrony.max_staleness=1"]]
+)
+def test_the_engines_are_refused_where_they_would_correct_nothing(other: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([], ["algorithm.old_logprobs=engine", *other])
+    assert [other[-1].partition("=")[0] in problem for problem in caught.value.problems].count(True) >= 1
+    assert load_config([], ["algorithm.old_logprobs=engine"]).config.algorithm.mismatch_gate == 1.01
