@@ -2,8 +2,8 @@
 questions to the records that it leaves.
 
 Whether memory grows is told by slope: the median slope over all pairs of steps (Theil-Sen, which single jumps and
-noise do not move), once the first SETTLED steps of a process are over, times the steps that follow. More than
-TOLERANCE is a fault. Asked of every process (resident memory, open files, threads) and of every entry of the policy's
+noise do not move), once the first SETTLED steps of a process are over, times the steps that follow. More than TOLERANCE
+is a fault. Asked of every process (resident memory, open files, sockets, threads) and of every entry of the policy's
 ledger (docs/memory.md).
 """
 
@@ -13,6 +13,7 @@ import contextlib
 import csv
 import itertools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -34,9 +35,10 @@ from megatron_fapo.policy.memory import PARTS, PLAN
 ROOT = Path(__file__).resolve().parents[2]
 SETTLED = 5
 """Steps of a process in which workspaces, caches and the C allocator come to their size."""
-TOLERANCE = {"resident_mib": 128.0, "files": 4.0, "threads": 4.0, "owned": 1.0, "ledger": 256.0}
-"""Growth from the first settled step to the last: of processes; of what the policy owns, MiB; of the ledger's other
-entries, MiB, where batches of other sizes leave other caches."""
+TOLERANCE = {"resident_mib": 128.0, "files": 4.0, "sockets": 64.0, "threads": 4.0, "owned": 1.0, "ledger": 256.0}
+"""Growth from the first settled step to the last: of processes, whose sockets are as many as verdicts were ever asked
+for at once; of what the policy owns, MiB; of the ledger's other entries, MiB, where batches of other sizes leave other
+caches."""
 OWNED = (*(f"{part}_gib" for part in PARTS), "pinned_gib")
 _POLL_S = 0.1
 _END_S = 120.0
@@ -107,10 +109,26 @@ def _held_below(pid: int) -> dict[str, dict[str, float]]:
         found = {each.pid: held(each) for each in (driver, *driver.children(recursive=True))}
     except psutil.NoSuchProcess:
         return {}
-    kinds = ("resident_mib", "files", "threads")
     # Ray adds the method that runs: `ray::PolicyActor.train` must be the same series at every step.
-    titles = {pid: f"{h.title.partition('.')[0]} ({pid})" for pid, h in found.items() if h}
-    return {title: {kind: getattr(found[pid], kind) for kind in kinds} for pid, title in titles.items()}
+    return {
+        f"{h.title.partition('.')[0]} ({pid})": {
+            "resident_mib": h.resident_mib,
+            "threads": h.threads,
+            **_open_files(pid),
+        }
+        for pid, h in found.items()
+        if h
+    }
+
+
+def _open_files(pid: int) -> dict[str, int]:
+    links = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                links.append(os.readlink(entry.path))
+    sockets = sum(link.startswith("socket:") for link in links)
+    return {"files": len(links) - sockets, "sockets": sockets}
 
 
 @contextlib.contextmanager

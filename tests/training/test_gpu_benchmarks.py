@@ -99,8 +99,9 @@ def test_reports_and_traces_that_are_missing(tmp_path: Path) -> None:
 
 def test_a_command_is_watched_step_by_step_and_stopped_at_its_limit(tmp_path: Path) -> None:
     code = (
-        "import json, signal, sys, time\n"
+        "import json, signal, socket, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "kept = [socket.socket() for _ in range(9)]\n"
         "for step in range(1, 100):\n"
         f"    print(json.dumps({{'step': step}}), file=open('{tmp_path}/metrics.jsonl', 'a'), flush=True)\n"
         "    time.sleep(0.5)\n"
@@ -111,4 +112,5 @@ def test_a_command_is_watched_step_by_step_and_stopped_at_its_limit(tmp_path: Pa
     assert found["moments"][0]["processes"].keys() == found["moments"][1]["processes"].keys()
     (held,) = found["moments"][1]["processes"].values()
     assert held["resident_mib"] > 1
-    assert held["threads"] == 1
+    assert (held["threads"], held["sockets"]) == (1, 9)
+    assert 3 <= held["files"] <= 4
