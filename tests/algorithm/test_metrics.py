@@ -16,7 +16,9 @@ from megatron_fapo.algorithm.metrics import (
     majority_correct,
     mismatch_metrics,
     pass_at_k,
+    staleness_metrics,
     step_metrics,
+    token_ages,
 )
 from megatron_fapo.data.records import Group, Prompt, Sample, SampleKey, Score, ScoredSample, Verdict
 
@@ -229,6 +231,26 @@ def test_mismatch_estimators_find_the_true_kl():
     metrics = mismatch_metrics(policy[tokens], behaviour[tokens], torch.ones_like(tokens, dtype=torch.bool))
     assert metrics["mismatch/kl_k1"] == pytest.approx(true_kl, rel=0.05)
     assert metrics["mismatch/kl_k3"] == pytest.approx(true_kl, rel=0.05)
+
+
+def test_the_age_of_tokens_by_hand():
+    versions = [((0, 3),), ((0, 2), (3, 3)), ((0, 1), (1, 2), (2, 4))]
+    ages = token_ages([2, 5, 3], versions, version=4)
+    assert ages.tolist() == [1, 1, 2, 2, 2, 1, 1, 3, 2, 0]
+    assert staleness_metrics(ages, versions) == pytest.approx(
+        {
+            "staleness/mean": 1.5,
+            "staleness/max": 3,
+            "staleness/share_0": 0.1,
+            "staleness/share_1": 0.4,
+            "staleness/share_2": 0.4,
+            "staleness/share_3": 0.1,
+            "staleness/crossed_share": 2 / 3,
+        }
+    )
+    # A sample that ended as the new weights came has none of their tokens, and an empty one has none at all.
+    assert token_ages([2, 0], [((0, 1), (2, 2)), ((0, 1),)], version=2).tolist() == [1, 1]
+    assert staleness_metrics(token_ages([], [], 1), []) == {}
 
 
 def test_mismatch_of_equal_and_of_no_tokens():
