@@ -108,7 +108,8 @@ def test_context_ranks_share_optimizer_state_and_expert_ranks_do_not() -> None:
 
 
 def test_kept_logits_are_counted_in_training_alone() -> None:
-    # On each of two tensor ranks half of the rows, a float32 each for 4,096 tokens; less the block that is there anyway.
+    # Of each of two tensor ranks: half of the rows, a float32 for each of 4,096 tokens, less the block that is always
+    # there.
     cfg = PolicyConfig(parallel=ParallelConfig(tensor=2))
     keep, pack = cfg.model_copy(update={"output_layer": "keep"}), memory.Pack(4096, 4096)
     shape = BUILT_IN["Qwen2.5-7B"]
