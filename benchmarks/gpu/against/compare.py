@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace, system: str, variant: str) -> dict[str, Any]:
 def summary(found: dict[str, Any], step: model.Step, gpus: int = 1) -> dict[str, float]:
     """Medians after the warm-up: seconds of a step and of its phases, and response tokens per second and GPU."""
     steps = found["steps"]
-    seconds = [later["ended_s"] - one["ended_s"] for one, later in zip(steps, steps[1:], strict=False)][WARMUP - 1 :]
+    seconds = [later["ended_s"] - one["ended_s"] for one, later in itertools.pairwise(steps)][WARMUP - 1 :]
     counted = steps[WARMUP:]
     if not counted:
         raise SystemExit(f"a table needs more than {WARMUP} steps")
@@ -167,7 +168,7 @@ def main() -> int:
         make = [sys.executable, str(HERE / "model.py"), str(args.out), "--steps", str(args.steps)]
         subprocess.run([*make, *(["--tiny"] if args.tiny else ["--tokenizer", str(args.tokenizer)])], check=True)
     whole = json.loads(kept.read_text()) if kept.exists() else {"systems": {}}
-    whole |= {"machine": card() if args.device == "gpu" else platform.machine(), "step": vars(step) | {}}
+    whole |= {"machine": card() if args.device == "gpu" else platform.machine(), "step": vars(step)}
     failed = []
     for name in args.only:
         system, _, variant = name.partition(":")

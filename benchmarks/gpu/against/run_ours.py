@@ -29,7 +29,7 @@ def main() -> None:
     run, step = args.out / "ours", args.step
     settings = [
         *(f"run_dir={run}", f"device={args.device}", f"data.train=[{args.out / 'prompts.parquet'}]"),
-        *(f"policy.model_path={args.out / 'model'}", f"reward.compute_score={HERE / 'model.py'}:compute_score"),
+        *(f"policy.model_path={args.out / 'model'}", f"reward.compute_score={HERE / 'reward.py'}:compute_score"),
         *(f"training.steps={args.steps}", f"training.prompts_per_step={step.prompts}"),
         *(f"training.prompts_per_mini_batch={step.prompts}", f"rollout.samples_per_prompt={step.samples}"),
         f"rollout.max_response_tokens={step.tokens}",

@@ -15,6 +15,7 @@ from collections import defaultdict
 from typing import Any
 
 import model
+import reward
 
 VARIANTS = {
     "plain": [],
@@ -138,15 +139,15 @@ def main() -> None:
             kept = ("completions/min_length", "sampling/sampling_logp_difference/mean", "grad_norm")
             records[-1].more = {name: float(logs[name]) for name in kept if name in logs}
 
-    def reward(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
-        return [model.compute_score(model.DATA_SOURCE, each[0]["content"], "") for each in completions]
+    def share_of_letters(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+        return [reward.compute_score(model.DATA_SOURCE, each[0]["content"], "") for each in completions]
 
     chosen = settings(args)
     prompts = Dataset.from_list(
         [{"prompt": prompt} for prompt in pq.read_table(args.out / "prompts.parquet")["prompt"].to_pylist()]
     )
     trainer = GRPOTrainer(
-        model=str(args.out / "model"), reward_funcs=reward, args=GRPOConfig(**chosen), train_dataset=prompts,
+        model=str(args.out / "model"), reward_funcs=share_of_letters, args=GRPOConfig(**chosen), train_dataset=prompts,
         callbacks=[Steps()],
     )  # fmt: skip
     weights = next(trainer.model.parameters()).dtype

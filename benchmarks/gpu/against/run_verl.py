@@ -68,7 +68,7 @@ def overrides(args: Any) -> list[str]:
         f"{ROLLOUT}.max_model_len": args.prompt_tokens + step.tokens,
         f"{ROLLOUT}.log_prob_max_token_len_per_gpu": 32768,
         f"{ROLLOUT}.ignore_eos": True,
-        "reward.custom_reward_function.path": Path(model.__file__).resolve(),
+        "reward.custom_reward_function.path": Path(__file__).resolve().parent / "reward.py",
         "trainer.n_gpus_per_node": 1,
         "trainer.total_training_steps": args.steps,
         "trainer.total_epochs": 1,
