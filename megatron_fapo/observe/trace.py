@@ -96,7 +96,7 @@ class Tracer:
         self.tracks: dict[str, Track] = {}
         self._names: dict[str, str] = {}
         self._spans: list[tuple[str, Span]] = []
-        self._open: dict[object, list[Any]] = {}
+        self._open: dict[object, tuple[str, str, float]] = {}
         self._changes: list[tuple[str, Change]] = []
         self._in_flight: Counter[str] = Counter()
         self._before: Counter[str] = Counter()
@@ -111,15 +111,12 @@ class Tracer:
     @contextlib.contextmanager
     def on(self, track: str, name: str) -> Iterator[None]:
         """A span for the time that this takes."""
-        if not self.recording:
-            yield
-            return
-        key = object()
-        self._open[key] = [track, name, wall(time.monotonic())]
+        key, began = object(), wall(time.monotonic())
+        self._open[key] = track, name, began
         try:
             yield
         finally:
-            _, _, began = self._open.pop(key)
+            del self._open[key]
             self.add(track, [Span(name, began, wall(time.monotonic()))])
 
     def add(self, track: str, spans: Iterable[Span]) -> None:
@@ -160,8 +157,6 @@ class Tracer:
             # One that ended before is of a step that has been written.
             if (cut := span._replace(begin=max(span.begin, begin), end=min(span.end, end))).end > cut.begin:
                 spans[track].append(cut)
-        for each in self._open.values():
-            each[2] = end
         for track, change in self._changes:
             changes[track].append(change)
         taken = Taken(begin, end, spans, changes, self._before, self._dropped)

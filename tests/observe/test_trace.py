@@ -200,6 +200,8 @@ def test_waits_are_work_of_processes_but_not_of_the_policy(clock: list[float], m
     assert summarize(1, taken, tracer.tracks).work[BETWEEN]["rollout-0"] == pytest.approx(
         {"generate": 1, "refit": 1, IDLE: 1}
     )
+    done = [event["name"] for event in chrome_trace(taken, tracer.tracks) if event["ph"] == "X"]
+    assert done == ["generate", "pull", IDLE], "without a GPU a process's gaps are on its own thread"
 
 
 def test_the_command_prints_tables_of_the_steps_asked_for(
