@@ -9,12 +9,12 @@
 | 3 | one rank | 1 | 1 |
 | 4 | TP2+SP | 1 | 1 |
 
-Two runs of `fapo train` with the same seed, prompts and sizes: engines wait for the policy and the policy for them; and
-`training.asynchrony.max_staleness=1` with `algorithm.tis_cap=2`, new weights going in between the tokens of samples
-(`weight_sync.in_flight`). A step's seconds are those between its line of metrics and the one before. Idle are, by
-nvidia-smi, each card's share of time without a kernel; by the phases of metrics, the rest of a step for policy and
-engines. Fails if a run ends otherwise than with 0, a step is missing, policy and engine disagree in the synchronous
-run, tokens of the asynchronous one are older than allowed or none is older than the policy, or memory grows (runs.py).
+Two runs of `fapo train` with the same seed, prompts and sizes: engines wait for the policy and the policy for them;
+and `training.asynchrony.max_staleness=1` with `algorithm.tis_cap=2`, new weights going in between the tokens of
+samples (`weight_sync.in_flight`). A step's seconds are those between its line of metrics and the one before. Idle
+are, by nvidia-smi, each card's share of time without a kernel; by the run's own trace, each role's without work.
+Fails if a run ends otherwise than with 0, a step is missing, policy and engine disagree in the synchronous run,
+tokens of the asynchronous one are older than allowed or none is older than the policy, or memory grows (runs.py).
 OUT/disaggregated.json has both.
 """
 
@@ -36,8 +36,6 @@ from benchmarks.gpu.one_gpu import GRAPHS, MODELS, plain_rows
 from megatron_fapo.data.datasets import write_testbed
 
 ASYNCHRONOUS = {"training.asynchrony.max_staleness": 1, "weight_sync.in_flight": True, "algorithm.tis_cap": 2.0}
-WORK = {"policy": ("logprobs", "train", "refit"), "engines": ("rollout", "refit")}
-"""Role -> phases of the loop in which it works."""
 SHOWN = ("phase_s/", "weight_sync/", "mismatch/", "score/", "staleness/", "trace/", "response/", "genrm/latency")
 
 
@@ -84,16 +82,14 @@ def row(attempt: Mapping[str, Any], records: Sequence[Mapping[str, float]]) -> d
     seconds = {step: at[step] - at[before] for before, step in pairwise(sorted(at)) if step > 2}
     step_s = statistics.median(seconds.values())
     settled = [record for record in records if record["step"] > 2]
-    idle = {
-        role: round(1 - statistics.median(sum(r.get(f"phase_s/{p}", 0.0) for p in phases) for r in settled) / step_s, 3)
-        for role, phases in WORK.items()
-    }
     tokens = statistics.median(r["response/tokens_mean"] * r["score/samples"] for r in settled)
     return {
         "step_s": round(step_s, 3),
         "response_tokens_per_s": round(tokens / step_s),
         "genrm_share": round(statistics.median(r["phase_s/score_tail"] for r in settled) / step_s, 3),
-        "idle_by_phases": idle,
+        "idle_by_role": {
+            name.rpartition("/")[2]: x for name, x in runs.medians(settled, ("trace/idle_share/",)).items()
+        },
         "idle_by_card": {card: seen["idle_share"] for card, seen in attempt["cards"].items()},
         "peak_mib_by_card": {card: seen["peak_mib"] for card, seen in attempt["cards"].items()},
         "medians": runs.medians(settled, SHOWN),
