@@ -135,7 +135,7 @@ async def prob_error(cluster: Cluster, native: Native, text: Path) -> Row:
     await cluster.enter("logprobs")
     assert cluster.policy is not None
     policy = await cluster.policy.logprobs([TrainSample(tuple(t[:1]), tuple(t[1:])) for t in texts])
-    apart = [abs(a - b) for x, y in zip(engine, policy, strict=True) for a, b in zip(x, y, strict=True)]
+    apart = [abs(a - b) for x, y in zip(engine, policy, strict=True) for a, b in zip(x, y.tolist(), strict=True)]
     return {
         "token_mult_prob_error": statistics.fmean(map(math.exp, apart)),
         "logprob_abs_mean": statistics.fmean(apart),
