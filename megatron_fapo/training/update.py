@@ -59,7 +59,7 @@ async def update(
             others = set_logprobs(others, "old_logprobs", [s.behaviour_logprobs for s in others])
         elif others:
             if cfg.old_logprobs == "engine":
-                found = "no step has measured it" if run.mismatch is None else f"it was {run.mismatch:.4f}"
+                found = "no step has measured it" if run.mismatch is None else f"it was {run.mismatch:.8g}"
                 log.warning(
                     "step %d: %s is not known to be within algorithm.mismatch_gate=%g (%s): the policy's own "
                     "log-probabilities are worked out for %d samples",
