@@ -1,6 +1,6 @@
 """fapo, TRL and verl on the same step of the same machine, one after the other, each in a process of its own.
 
-    python benchmarks/gpu/against/compare.py OUT --tokenizer FOLDER --path verl=DIR     # one GPU of 80 GB, 12 minutes
+    python benchmarks/gpu/against/compare.py OUT --tokenizer FOLDER --path trl=DIR verl=DIR      # one GPU of 80 GB
     python benchmarks/gpu/against/compare.py OUT --tokenizer FOLDER --only ours:resident ours:turns verl:padded
     python benchmarks/gpu/against/compare.py OUT --device cpu --tiny --steps 3 --only ours      # on a laptop
 

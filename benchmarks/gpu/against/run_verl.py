@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/against/run_verl.py OUT [--variant packed+fused] [--set actor_rollout_ref.actor.strategy=fsdp]
 
-Needs verl with its requirements (TransferQueue among them), vLLM, and flash-attn, or for `padded` none; no
-megatron_fapo. Variants, joined by +: `packed` removes padding, which needs flash-attn; `padded` computes whole
+Needs verl with its requirements (TransferQueue among them), vLLM, and flash-attn, or for `padded` none; TRL 1.x must
+not be importable (verl's patches ask it for a class that 0.27 had); no megatron_fapo. Variants, joined by +: `packed` removes padding, which needs flash-attn; `padded` computes whole
 micro-batches with PyTorch's attention, which costs nothing here, where all samples are equally long; `fused` computes
 log-probabilities without keeping logits; `resident` keeps the engine on the card during updates; `megatron` trains with
 megatron-core through mbridge in place of FSDP2.
@@ -11,6 +11,7 @@ megatron-core through mbridge in place of FSDP2.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -90,6 +91,8 @@ def main() -> None:
     needed |= {} if "padded" in args.variant else {"flash_attn": "flash-attn (or take --variant padded)"}
     if missing := [package for name, package in needed.items() if importlib.util.find_spec(name) is None]:
         raise SystemExit(f"verl's step needs {', '.join(missing)}: install into this environment")
+    if importlib.util.find_spec("trl") and not importlib.metadata.version("trl").startswith("0."):
+        raise SystemExit("verl 0.9.1 fails where TRL 1.x can be imported: give it an environment or a path without TRL")
     settings, lines = overrides(args), args.out / "verl.jsonl"
     lines.unlink(missing_ok=True)
     # This directory must not come first on the workers' path, nor the one that the command is given in.
