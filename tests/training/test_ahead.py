@@ -156,10 +156,10 @@ class Training:
     async def rollout(self, *arguments: Any) -> Rolled:
         ahead, step, taken, cursor = arguments[-4:]
         self.events.append(f"begin {step}: {taken} on {self.version}")
-        if step in self.failing:
-            raise self.failing[step]
         if step in self.slow:
             await self.slow[step].wait()
+        if step in self.failing:
+            raise self.failing[step]
         self.events.append(f"generated {step}")
         ahead.generated(step)
         return Rolled([], cursor, {}, 0.0)
@@ -168,8 +168,12 @@ class Training:
         run, _, check = arguments[-3:]
         check()
         self.events.append(f"update {run.state.step + 1}")
+        self.after_updates(run.state.step + 1)
         await turns()
         return {}
+
+    def after_updates(self, step: int) -> None:
+        """For tests to replace."""
 
     async def refit(self, version: int) -> dict[str, float]:
         self.version = version
@@ -214,6 +218,13 @@ def test_steps_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_one_step_off_a_refit_waits_for_idle_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(tmp_path, monkeypatch, 1)
+    training.slow = {step: asyncio.Event() for step in (2, 3, 4)}  # until well after the updates of the step before
+
+    def after_updates(step: int) -> None:
+        if step + 1 in training.slow:
+            asyncio.get_running_loop().call_later(0.02, training.slow[step + 1].set)
+
+    monkeypatch.setattr(training, "after_updates", after_updates)
     events = training()
     for step in (2, 3, 4):
         begun = next(event for event in events if event.startswith(f"begin {step}"))
@@ -232,16 +243,31 @@ def test_a_slow_rollout_crosses_a_refit_in_flight_only(tmp_path: Path, monkeypat
     assert len([event for event in events if event.startswith("begin")]) == 4
 
 
-def test_a_rollout_that_fails_ahead_ends_the_run_before_the_updates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("during", ["logprobs", "updates"])
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_a_rollout_that_fails_ahead_ends_the_run_at_the_next_safe_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, during: str, in_flight: bool
 ) -> None:
-    training = Training(tmp_path, monkeypatch, 1)
+    training = Training(tmp_path, monkeypatch, 1, in_flight)
+    training.slow[3] = asyncio.Event()
     training.failing[3] = RuntimeError("gone")
+
+    async def update(*arguments: Any) -> dict[str, float]:
+        run, _, check = arguments[-3:]
+        if run.state.step == 1:
+            training.slow[3].set()
+            await turns()
+        check()
+        return {}
+
+    monkeypatch.setattr(loop, "update", update if during == "logprobs" else training.update)
+    if during == "updates":
+        monkeypatch.setattr(training, "after_updates", lambda step: step == 2 and training.slow[3].set())
     with pytest.raises(RuntimeError, match="gone"):
         training()
-    assert "update 2" not in training.events
-    assert (training.run.state.step, training.run.between_steps) == (1, True)
-    assert training.run.state.cursor == {"taken": 2}
+    finished = 2 if during == "updates" else 1
+    assert training.run.state == RunState(finished, finished, {"taken": 2 * finished})
+    assert "refit 2" not in training.events
 
 
 def test_a_stop_is_heard_while_a_refit_waits_for_slow_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
