@@ -3,10 +3,10 @@
     python benchmarks/gpu/against/run_verl.py OUT [--variant packed+fused] [--set actor_rollout_ref.actor.strategy=fsdp]
 
 Needs verl with its requirements (TransferQueue among them), vLLM, and flash-attn, or for `padded` none; TRL 1.x must
-not be importable (verl's patches ask it for a class that 0.27 had); no megatron_fapo. Variants, joined by +: `packed` removes padding, which needs flash-attn; `padded` computes whole
-micro-batches with PyTorch's attention, which costs nothing here, where all samples are equally long; `fused` computes
-log-probabilities without keeping logits; `resident` keeps the engine on the card during updates; `megatron` trains with
-megatron-core through mbridge in place of FSDP2.
+not be importable (verl's patches ask it for a class that 0.27 had); no megatron_fapo. Variants, joined by +: `packed`
+removes padding, which needs flash-attn; `padded` computes whole micro-batches with PyTorch's attention, which costs
+nothing here, where all samples are equally long; `fused` computes log-probabilities without keeping logits; `resident`
+keeps the engine on the card during updates; `megatron` trains with megatron-core through mbridge in place of FSDP2.
 """
 
 from __future__ import annotations
