@@ -15,6 +15,7 @@ import pytest
 
 from megatron_fapo.config.root import Config
 from megatron_fapo.errors import UserError
+from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.processes import Process, ProcessDiedError
 from megatron_fapo.training import loop
 from megatron_fapo.training.checkpoint import RunState
@@ -59,7 +60,7 @@ def test_a_stop_during_the_logprobs_is_honoured_before_the_updates(
 
         async def logprobs(*_: Any, **__: Any) -> list[Any]:
             stop._ask(signal.SIGTERM)
-            return []
+            return [(0.0,)]
 
         async def train(batch: Any) -> dict[str, float]:
             updated.append(batch)
@@ -69,7 +70,8 @@ def test_a_stop_during_the_logprobs_is_honoured_before_the_updates(
             return await work
 
         monkeypatch.setattr(loop, "rollout", rollout)
-        monkeypatch.setattr(loop, "mini_batches", lambda *_: [[]])
+        batches = [[TrainSample((1,), (2,))], [TrainSample((1,), (3,))]]
+        monkeypatch.setattr(loop, "mini_batches", lambda *_: batches)
         cluster: Any = SimpleNamespace(
             policy=SimpleNamespace(logprobs=logprobs, train=train),
             while_judged=while_judged,
