@@ -3,8 +3,8 @@
     python benchmarks/gpu/against/run_trl.py OUT [--variant liger] [--set per_device_train_batch_size=16]
 
 Needs trl with datasets and accelerate, vLLM, and for `liger` liger-kernel; no megatron_fapo. Variants: `plain`; `liger`
-replaces layers by Liger's kernels; `uncorrected` leaves out the weights against the
-engine, and with them the pass for the policy's own log-probabilities; `sleep` lets vLLM sleep during updates; `fp32` keeps float32 weights under bfloat16
+replaces layers by Liger's kernels; `uncorrected` leaves out the weights against the engine, and with them the pass for
+the policy's own log-probabilities; `sleep` lets vLLM sleep during updates; `fp32` keeps float32 weights under bfloat16
 autocast (TRL alone updates bfloat16 weights and moments: less memory and time, and less exact than the others).
 """
 

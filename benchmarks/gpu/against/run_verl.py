@@ -6,7 +6,8 @@ Needs verl with its requirements (TransferQueue among them), vLLM, and flash-att
 not be importable (verl's patches ask it for a class that 0.27 had); no megatron_fapo. Variants, joined by +: `packed`
 removes padding, which needs flash-attn; `padded` computes whole micro-batches with PyTorch's attention, which costs
 nothing here, where all samples are equally long; `fused` computes log-probabilities without keeping logits; `bypass`
-takes the engine's log-probabilities for the policy's, without a pass; `resident` keeps the engine on the card during updates; `megatron` trains with megatron-core through mbridge in place of FSDP2.
+takes the engine's log-probabilities for the policy's, without a pass; `resident` keeps the engine on the card during
+updates; `megatron` trains with megatron-core through mbridge in place of FSDP2.
 """
 
 from __future__ import annotations
