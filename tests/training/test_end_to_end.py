@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from megatron_fapo.data.datasets import write_testbed
 from megatron_fapo.data.tokenizer import init_tiny_model
 from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.observe.samples import read_samples
+from megatron_fapo.observe.trace import step_file
+from tests.observe.test_trace import conserved
 from tests.training.runs import FapoProcess, write_config
 
 pytestmark = pytest.mark.timeout(900)
@@ -87,7 +90,8 @@ def _newest(workspace: Path) -> dict[str, Any]:
 
 
 def _reproducible(record: dict[str, float]) -> dict[str, float]:
-    timed = ("phase_s/", "memory/", "weight_sync/", "scoring/", "genrm/latency", "genrm/queue_", "genrm/request_")
+    judging = ("genrm/latency", "genrm/queue_", "genrm/request_")
+    timed = ("phase_s/", "memory/", "weight_sync/", "scoring/", "trace/", *judging)
     return {name: value for name, value in record.items() if not name.startswith(timed)}
 
 
@@ -136,6 +140,11 @@ def test_a_stopped_and_broken_run_equals_an_uninterrupted_one(
     assert f"resumed from {workspace / 'parts'}" in last.output()
     assert not (workspace / "parts" / "failure.json").exists()
     uninterrupted, resumed = read_metrics(workspace / "whole"), read_metrics(workspace / "parts")
+    for run, step in itertools.product(("whole", "parts"), range(1, STEPS + 1)):
+        threads = conserved(step_file(workspace / run, step))
+        assert {"phases", "policy-0", "policy-1", "rollout-0"} == set(threads)
+        assert {"train", "gradients", "optimizer"} <= {name for name, *_ in threads["policy-1"]}
+        assert {"generate", "pull"} <= {name for name, *_ in threads["rollout-0"]}
     assert [r["step"] for r in resumed] == [0, 1, 2, 3, 4]
     assert "eval/held/avg@1" in resumed[2]
     assert [_reproducible(r) for r in resumed] == [_reproducible(r) for r in uninterrupted]
@@ -165,6 +174,9 @@ def test_failed_judgements_are_unscored_and_a_killed_driver_leaves_nothing(
     run = _start(started, workspace / "judged.log", "train", "-c", str(config))
     run.wait_for_step(workspace / "judged", 2)
     for record in read_metrics(workspace / "judged")[:2]:
+        judging = conserved(step_file(workspace / "judged", int(record["step"])))["genrm-0"]
+        assert "judge" in {name for name, *_ in judging}
+        assert 0 < record["trace/idle_share/genrm"] < 1
         samples = read_samples(workspace / "judged", int(record["step"]))
         right = [s for s in samples if s["correct"]]
         assert len(right) >= 12, "the model boxes too often for this test"
