@@ -33,6 +33,9 @@ SUPERVISED = "supervised"
 ByMicroBatch = list[list[np.ndarray[Any, Any]]]
 """Log-probabilities of the response tokens, float32: [micro-batch][sample]."""
 
+Placed = tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]
+"""Log-probabilities of a micro-batch, which of its response tokens they are of, and how many each sample has."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -183,24 +186,24 @@ class PolicyWorker:
         for model in self.ddp:
             model.eval()
         with self._weights(self.reference) if reference else contextlib.nullcontext():
-            outputs = self._run(packs, lambda logprob_N, _, batch: (logprob_N, batch), forward_only=True)
+            outputs = self._run(packs, lambda logprob_N, _, batch: _placed(logprob_N, batch), forward_only=True)
         return self._by_sample(outputs)
 
-    def _by_sample(self, outputs: Sequence[tuple[torch.Tensor, MicroBatch]]) -> ByMicroBatch | None:
+    def _by_sample(self, outputs: Sequence[Placed]) -> ByMicroBatch | None:
         """What all micro-batches have given, fetched at once: while it fetches, a rank launches nothing."""
         rows = []
-        for logprob_N, batch in outputs:
-            row = torch.zeros(sum(batch.response_lengths), device=self.device)
-            row[batch.place_N] = logprob_N
+        for logprob_N, place_N, lengths in outputs:
+            row = torch.zeros(sum(lengths), device=self.device)
+            row[place_N] = logprob_N
             rows.append(row)
         if not rows:  # not the last stage
             return None
         values = torch.cat(rows)
         if self.context[1] > 1:  # each context rank has a part of the tokens
             torch.distributed.all_reduce(values, group=self.state.get_context_parallel_group())
-        lengths = [batch.response_lengths for _, batch in outputs]
-        parts = iter(np.split(values.cpu().numpy(), np.cumsum(list(itertools.chain(*lengths)), dtype=int)))
-        return [[next(parts) for _ in each] for each in lengths] if self.reports else None
+        of_packs = [lengths for _, _, lengths in outputs]
+        parts = iter(np.split(values.cpu().numpy(), np.cumsum(list(itertools.chain(*of_packs)), dtype=int)))
+        return [[next(parts) for _ in lengths] for lengths in of_packs] if self.reports else None
 
     def _copy_of_weights(self, device: str | None = None) -> list[torch.Tensor]:
         return [p.detach().to(device or p.device, copy=True) for chunk in self.chunks for p in chunk.parameters()]
@@ -227,7 +230,7 @@ class PolicyWorker:
 
         def token_loss(
             logprob_N: torch.Tensor, entropy_N: torch.Tensor, batch: MicroBatch
-        ) -> tuple[torch.Tensor, torch.Tensor, tuple[dict[str, torch.Tensor], torch.Tensor, MicroBatch]]:
+        ) -> tuple[torch.Tensor, torch.Tensor, tuple[dict[str, torch.Tensor], Placed]]:
             # Filled on the device: a number copied there would have the host wait for the forward pass.
             count = torch.full((), len(batch.target_N), dtype=torch.int, device=self.device)
             total, sums = logprob_N.sum(), {}
@@ -237,7 +240,7 @@ class PolicyWorker:
             elif len(batch.target_N):  # else no samples, or their responses lie with other context ranks
                 outputs = policy_loss(_loss_inputs(batch, logprob_N, entropy_N), self.algorithm)
                 total, sums = outputs.loss_sum, outputs.token_sums
-            return total, count, (sums, logprob_N.detach(), batch)
+            return total, count, (sums, _placed(logprob_N.detach(), batch))
 
         self.memory.require("train")
         for model in self.ddp:
@@ -248,12 +251,12 @@ class PolicyWorker:
         assert len(given) < 2, "either all samples of a mini-batch have old log-probabilities or none has"
         outputs = self._run(packs, token_loss, forward_only=False)
         sums: dict[str, torch.Tensor] = {}
-        for micro, _, _ in outputs:
+        for micro, _ in outputs:
             for name, value in micro.items():
                 sums[name] = sums[name] + value if name in sums else value
         values = torch.stack([*sums.values()]).tolist() if sums else []
         own = loss != SUPERVISED and True not in given
-        logprobs = self._by_sample([(each, batch) for _, each, batch in outputs]) if own else None
+        logprobs = self._by_sample([placed for _, placed in outputs]) if own else None
         return dict(zip(sums, values, strict=True)), logprobs
 
     def train(self, packs: Sequence[Sequence[TrainSample]], *, loss: str = "policy") -> StepResult:
@@ -291,6 +294,10 @@ def _hidden_of_all_tokens(hidden_states: torch.Tensor, *, sequence_parallel: boo
     if sequence_parallel:
         return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
     return copy_to_tensor_model_parallel_region(hidden_states)
+
+
+def _placed(logprob_N: torch.Tensor, batch: MicroBatch) -> Placed:
+    return logprob_N, batch.place_N, batch.response_lengths
 
 
 def _loss_inputs(batch: MicroBatch, logprob_N: torch.Tensor, entropy_N: torch.Tensor) -> LossInputs:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,8 @@ from megatron_fapo.config.load import ConfigError, load_config
 from megatron_fapo.config.root import Config
 from megatron_fapo.policy.batch import TrainSample
 from megatron_fapo.policy.group import Update
+from megatron_fapo.training.checkpoint import RunState
+from megatron_fapo.training.loop import Run
 from megatron_fapo.training.update import GATED, engine_stands, update
 
 GAP = 0.25
@@ -116,6 +120,13 @@ def test_within_the_gate_the_engines_stand_and_the_first_mini_batch_measures() -
     # What stood for the policy's own says nothing of it: the mean would be a third of the gap.
     assert metrics["mismatch/abs_mean"] == pytest.approx(GAP)
     assert not engine_stands(AlgorithmConfig(old_logprobs="engine"), metrics[GATED])  # and so the next step's is broken
+
+
+def test_a_resumed_run_knows_what_was_measured_last(tmp_path: Path) -> None:
+    lines = [{"step": 1, GATED: 1.5}, {"step": 2, GATED: 1.25}, {"step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    nobody: Any = None
+    assert Run(Config(run_dir=str(tmp_path)), nobody, RunState(3, 3, {}), nobody, nobody).mismatch == 1.25
 
 
 def test_nothing_to_train_on() -> None:
