@@ -29,7 +29,7 @@ DRIVER = "driver"
 OWN = "own"
 """The track of a process that tells the driver."""
 LIMIT = 200_000
-"""Spans and changes that are kept of one step, about 40 MB; later ones are dropped, and their number is told."""
+"""Spans and changes that are kept of one step, about 35 MB; later ones are dropped, and their number is told."""
 GAPS = 10
 """Idle gaps of a step that its summary lists, the longest ones."""
 BETWEEN = "between phases"
