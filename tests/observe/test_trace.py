@@ -6,9 +6,11 @@ import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_fapo.cli import main
 from megatron_fapo.errors import UserError
@@ -27,6 +29,7 @@ from megatron_fapo.observe.trace import (
     write_step,
 )
 from megatron_fapo.observe.where import gap_table, phase_table, read_summaries, unit_table
+from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.processes import Node, Process
 
 FAR = Node("id", "10.0.0.7", 2, name="gpu-07")
@@ -221,6 +224,21 @@ def test_the_command_prints_tables_of_the_steps_asked_for(
     assert main(["trace", str(tmp_path), "--steps", "5-6"]) == 2
     assert "traces of steps 3 to 12" in capsys.readouterr().err
     assert main(["trace", str(tmp_path), "--steps", "x"]) == 2
+
+
+def test_a_rank_tells_what_it_did_and_writes_its_kernels_of_a_step(tmp_path: Path) -> None:
+    actor = PolicyActor(str(tmp_path), 1)
+    actor.worker = SimpleNamespace(device="cpu")
+    actor._weights = SimpleNamespace(expose=lambda number: torch.ones(2, 2) @ torch.ones(2, 2) * number)
+    actor.profile(5)
+    told = actor.weights("expose", 3)
+    assert told.answer.tolist() == [[6, 6], [6, 6]]
+    assert [span.name for span in told.spans] == ["expose", "weights"]
+    inner, outer = told.spans
+    assert outer.begin <= inner.begin <= inner.end <= outer.end
+    assert [span.name for span in actor.profile(None).spans] == ["profile"]
+    with gzip.open(tmp_path / "trace" / "policy-1-step-000005.json.gz", "rt") as file:
+        assert "aten::mm" in {event["name"] for event in json.load(file)["traceEvents"]}
 
 
 def test_a_trace_that_cannot_be_written_is_told_of(
