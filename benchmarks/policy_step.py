@@ -222,7 +222,7 @@ def run_rank(rank: int, job: Job, results: Any) -> None:
         seconds, norm = timed(update, job.device)
         update_s.append(seconds)
         norms.append(norm)
-    values = [x for pack in logprobs[0] or () for sample in pack for x in sample]
+    values = [x for pack in logprobs[0] or () for sample in pack for x in sample.tolist()]
     row = {
         "reports": worker.reports and worker.context[0] == 0,
         "logprobs": (sum(values), len(values)),
