@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,6 @@ def _load_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"fapo_user_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError("not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look theirs up
     spec.loader.exec_module(module)
     return module

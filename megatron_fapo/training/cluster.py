@@ -251,7 +251,8 @@ async def _start_scoring(
 
 def _kv_caches_are_set(config: Config) -> bool:
     """Whether every vLLM has its KV cache given in bytes, and so does not measure the card's free memory."""
-    return all("kv_cache_memory_bytes" in options for options in (config.rollout.vllm, config.genrm.vllm))
+    judges = [config.genrm.vllm] if asks_genrm(config) and config.genrm.servers else []
+    return all("kv_cache_memory_bytes" in options for options in (config.rollout.vllm, *judges))
 
 
 async def _check_external_servers(config: Config) -> None:
