@@ -243,7 +243,8 @@ def test_unknown_keywords_for_the_function_are_refused_at_start(hostile: str) ->
 def test_a_users_file_may_define_dataclasses(tmp_path: Path) -> None:
     file = tmp_path / "with_a_dataclass.py"
     file.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Kept:\n    value: float\n\n"
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n"
+        "@dataclass\nclass Kept:\n    value: float\n\n"
         "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return Kept(0.5).value\n"
     )
     Verifier(RewardConfig(compute_score=f"{file}:compute_score"))
