@@ -29,6 +29,8 @@ from megatron_fapo.processes import use_interface_of
 if TYPE_CHECKING:
     from megatron_fapo.weight_sync.source import WeightSource
 
+log = logging.getLogger(__name__)
+
 WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", "*.gguf")
 """Files of an HF directory that hold weights; everything else describes the model and goes along with an export."""
 
@@ -184,19 +186,21 @@ class PolicyActor:
     @traced
     def profile(self, step: int | None) -> None:
         """Record what this rank computes, kernels on GPUs among it; None: write that to
-        RUN_DIR/trace/policy-RANK-step-STEP.json.gz."""
+        RUN_DIR/trace/policy-RANK-step-STEP.json.gz, or say in the log why it cannot be."""
         from torch.profiler import ProfilerActivity, profile
 
         if step is not None:
             gpu = [ProfilerActivity.CUDA] if self._up.device == "cuda" else []
             self._profile = step, profile(activities=[ProfilerActivity.CPU, *gpu]).__enter__()
         elif self._profile is not None:
-            step, profiler = self._profile
+            (step, profiler), self._profile = self._profile, None
             profiler.__exit__(None, None, None)
             path = self._run_dir / DIRECTORY / f"policy-{self.rank}-step-{step:06d}.json.gz"
-            path.parent.mkdir(exist_ok=True)
-            profiler.export_chrome_trace(str(path))
-            self._profile = None
+            try:
+                path.parent.mkdir(exist_ok=True)
+                profiler.export_chrome_trace(str(path))
+            except OSError as error:  # of a full disk, say: the run is worth more
+                log.warning("the kernels of step %d could not be written: %s", step, error)
 
     def close(self) -> None:
         """Give shared memory back and leave the process group."""

@@ -241,6 +241,22 @@ def test_a_rank_tells_what_it_did_and_writes_its_kernels_of_a_step(tmp_path: Pat
         assert "aten::mm" in {event["name"] for event in json.load(file)["traceEvents"]}
 
 
+def test_kernels_that_cannot_be_written_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actor = PolicyActor(str(tmp_path), 1)
+    monkeypatch.setattr(trace.logging.getLogger("megatron_fapo"), "propagate", True)
+    actor.worker = SimpleNamespace(device="cpu")
+    (tmp_path / "trace").mkdir()
+    (tmp_path / "trace" / "policy-1-step-000005.json.gz").mkdir()
+    actor.profile(5)
+    actor.profile(None)
+    assert "kernels of step 5 could not be written" in caplog.text
+    actor.profile(6)
+    actor.profile(None)
+    assert (tmp_path / "trace" / "policy-1-step-000006.json.gz").is_file()
+
+
 def test_a_trace_that_cannot_be_written_is_told_of(
     clock: list[float], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
