@@ -108,8 +108,8 @@ def measure(args: argparse.Namespace, name: str) -> tuple[dict[str, Any], list[s
     if len(records) < 4:
         return {"seconds": attempt["seconds"]}, faults
     facts = {"command": attempt["command"], "seconds": attempt["seconds"]} | row(attempt, records)
-    facts["growth"] = runs.growth(attempt["moments"], records)
-    return facts, faults + runs.growth_faults(facts["growth"]) + (age_faults(records) if name == "async" else [])
+    facts["growth"], wrong = runs.grown(attempt["moments"], records)
+    return facts, faults + wrong + (age_faults(records) if name == "async" else [])
 
 
 def age_faults(records: Sequence[Mapping[str, float]]) -> list[str]:

@@ -147,10 +147,10 @@ def judge(args: argparse.Namespace, done: Sequence[Mapping[str, Any]]) -> tuple[
         row = {key: value for key, value in attempt.items() if key not in ("lines", "moments")}
         if mine and attempt["moments"]:
             row["start_s"] = start_s(attempt, records)
-            row["growth"] = runs.growth(attempt["moments"], mine)
-            faults += [f"to step {attempt['to_step']}: {text}" for text in runs.growth_faults(row["growth"])]
+            row["growth"], wrong = runs.grown(attempt["moments"], mine)
+            faults += [f"to step {attempt['to_step']}: {text}" for text in wrong]
         found["attempts"].append(row)
-    settled = [record for record in records if record["step"] > 1]
+    settled = [record for record in records if record["step"] > 1] or records
     found["medians"] = runs.medians(settled, SHOWN)
     found["memory"] = runs.medians(settled, ("memory/",))
     found["genrm_share"] = {

@@ -203,6 +203,18 @@ def growth(moments: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, 
     return found
 
 
+def grown(
+    moments: Sequence[Mapping[str, Any]], records: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """`growth`, and what is wrong with it; of a run that ended early that it cannot be told, for the rest is worth
+    having."""
+    try:
+        found = growth(moments, records)
+    except ValueError as error:
+        return {}, [str(error)]
+    return found, growth_faults(found)
+
+
 def growth_faults(found: Mapping[str, Mapping[str, float]]) -> list[str]:
     """What has grown by more than it may."""
     text = "{name} has grown by {grown:g} to {last:g}, more than {tolerance:g}"

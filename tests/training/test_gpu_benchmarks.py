@@ -59,6 +59,9 @@ def test_a_process_that_could_not_be_read_at_times_is_watched_all_the_same() -> 
 def test_growth_needs_settled_steps() -> None:
     with pytest.raises(ValueError, match="run more steps"):
         runs.growth(moments([500.0] * 9), [])
+    assert runs.grown(moments([500.0] * 9), [])[0] == {}
+    assert "run more steps" in runs.grown(moments([500.0] * 9), [])[1][0]
+    assert "has grown" in runs.grown(moments([500.0 + 12 * step for step in range(STEPS)]), [])[1][0]
 
 
 @pytest.mark.parametrize(

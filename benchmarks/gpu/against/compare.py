@@ -65,8 +65,10 @@ def sampled_memory(out: Path) -> Iterator[None]:
     """Write the card's memory in use, MiB, ten times a second."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", "100"]
     with out.open("w") as file, subprocess.Popen(command, stdout=file) as process:
-        yield
-        process.terminate()
+        try:
+            yield
+        finally:  # else a system past its limit would have this wait for nvidia-smi, which never ends
+            process.terminate()
 
 
 def run(args: argparse.Namespace, system: str, variant: str) -> dict[str, Any]:
