@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -92,10 +93,18 @@ def run(args: argparse.Namespace, system: str, variant: str) -> dict[str, Any]:
     print(f"{name}: {' '.join(command)}", flush=True)
     memory = args.out / f"{name}.mib"
     with log.open("w") as file, sampled_memory(memory) if gpu else contextlib.nullcontext():
-        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, timeout=args.limit_s)
-    if ended.returncode:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            code = process.wait(args.limit_s)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # what it has started would hold the card of the next
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code:
         tail = log.read_text(errors="replace")[-3000:]
-        raise SystemExit(f"{tail}\n{name} ended with exit code {ended.returncode}; all that it said is in {log}")
+        raise SystemExit(f"{tail}\n{name} ended with exit code {code}; all that it said is in {log}")
     found = json.loads(result.read_text()) | {"command": command, "wall_s": time.monotonic() - began}
     return found | ({"peak_mib": max(map(int, memory.read_text().split()))} if gpu else {})
 
