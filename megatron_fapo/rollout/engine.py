@@ -35,6 +35,8 @@ MEMORY = ("weights", "kv_cache")
 """What vLLM can put to sleep, by its tags, in the order of waking."""
 _LOOK_S = 1.0
 """How often a call that is not answered looks whether vLLM still lives."""
+_SETTLE_S = 0.02
+"""How often samples that wait for the end of a refit look for it."""
 
 
 class EngineDiedError(ProcessDiedError):
@@ -182,7 +184,7 @@ class RolloutEngine(Refitted):
         sampling: SamplingConfig,
         max_tokens: int,
     ) -> AsyncGenerator[Sample]:
-        """Yield n samples of each prompt, each as soon as it is finished.
+        """Yield n samples of each prompt, each as soon as it is finished. A refit that is under way is waited for.
 
         Args:
             prompts: tokenised.
@@ -190,7 +192,7 @@ class RolloutEngine(Refitted):
             max_tokens: responses are cut here.
 
         Raises:
-            StaleEngineError: a refit failed or is under way, or the engine is asleep.
+            StaleEngineError: a refit failed, or the engine is asleep.
             UserError: a prompt and max_tokens do not fit max_model_len.
         """
         for prompt in prompts:
@@ -207,8 +209,12 @@ class RolloutEngine(Refitted):
         ]
         waiting: dict[str, asyncio.Task[Sample]] = {}
         try:
-            async with self._admission:
-                await self._admit(keys, sampling, max_tokens, waiting)
+            while True:  # a refit may overtake a rollout ahead that was asked for before it
+                async with self._admission:
+                    if self._version.state is not EngineState.UPDATING:
+                        await self._admit(keys, sampling, max_tokens, waiting)
+                        break
+                await asyncio.sleep(_SETTLE_S)
             for finished in asyncio.as_completed(list(waiting.values())):
                 yield await finished
         except Exception as error:

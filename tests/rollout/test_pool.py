@@ -13,7 +13,7 @@ from megatron_fapo.config.rollout import RolloutConfig, SamplingConfig
 from megatron_fapo.data.records import Sample, SampleKey
 from megatron_fapo.rollout.engine import EngineDiedError, RolloutEngine, VLLMDiedError
 from megatron_fapo.rollout.pool import RolloutPool
-from megatron_fapo.weight_sync.protocol import RefitError
+from megatron_fapo.weight_sync.protocol import EngineVersion, RefitError, StaleEngineError
 from tests.rollout.conftest import make_prompts, run
 
 
@@ -138,3 +138,54 @@ def test_a_call_that_a_killed_core_leaves_unanswered_is_given_up(tmp_path):
     engine._llm = DyingLLM()
     with pytest.raises(VLLMDiedError, match="ended before it answered"):
         run(asyncio.wait_for(engine.pause(), 10))
+
+
+class IdleLLM:
+    """vLLM with nothing to do."""
+
+    errored = False
+
+    async def pause_generation(self, **_):
+        return None
+
+    async def resume_generation(self):
+        return None
+
+    async def collective_rpc(self, *_, **__):
+        return []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rollout_that_a_refit_overtakes_begins_with_its_weights_or_not_at_all(tmp_path, monkeypatch, fails):
+    engine = RolloutEngine(str(tmp_path), RolloutConfig(), device="cpu", dtype="float32", max_model_len=64)
+    engine._llm, engine._version, admitted = IdleLLM(), EngineVersion(3), []
+
+    async def admit(*_):
+        admitted.append(engine.version())
+
+    monkeypatch.setattr(engine, "_admit", admit)
+
+    async def main():
+        async def rollout():
+            options = {"n": 1, "sampling": SamplingConfig(), "max_tokens": 4}
+            return [sample async for sample in engine.generate(make_prompts(1), [0], **options)]
+
+        await engine._admission.acquire()  # of another rollout that is being admitted
+        refit = asyncio.create_task(engine.begin_refit(4, 1.0, in_flight=True))
+        await asyncio.sleep(0)
+        generating = asyncio.create_task(rollout())
+        await asyncio.sleep(0)
+        engine._admission.release()
+        await refit
+        await asyncio.sleep(0.1)
+        assert not admitted
+        assert not generating.done()
+        await (engine.abort_refit() if fails else engine.commit_refit(4))
+        await generating
+
+    if fails:
+        with pytest.raises(StaleEngineError, match="is stale"):
+            run(asyncio.wait_for(main(), 10))
+    else:
+        run(asyncio.wait_for(main(), 10))
+    assert admitted == ([] if fails else [4])
