@@ -205,7 +205,8 @@ async def take_steps(
         groups = rolled.groups
         metrics = step_metrics(groups, config.reward.task) | rolled.scoring
         if cfg.log_samples_every_steps and step % cfg.log_samples_every_steps == 0:
-            write_samples(run.dir, step, [s for group in groups for s in group.samples])
+            # A slow filesystem must not hold up rollouts ahead: deadlines of what they have asked for would pass.
+            await asyncio.to_thread(write_samples, run.dir, step, [s for group in groups for s in group.samples])
         try:
             refuse_unscored(groups, config.reward.max_unscored_share, step)
         except TooManyUnscoredError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -241,6 +242,26 @@ def test_a_slow_rollout_crosses_a_refit_in_flight_only(tmp_path: Path, monkeypat
     assert events.index("refit 1") < events.index("generated 2") < events.index("update 2")
     assert events.index("refit 2") < events.index("generated 3")
     assert len([event for event in events if event.startswith("begin")]) == 4
+
+
+def test_a_slow_filesystem_holds_up_no_rollout_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(tmp_path, monkeypatch, 1)
+    written = training.config.training.model_copy(update={"log_samples_every_steps": 3})
+    training.config = training.config.model_copy(update={"training": written})
+    training.slow[4] = asyncio.Event()
+    loops, ended = [], []
+
+    def write(*_: Any) -> None:
+        loops[-1].call_soon_threadsafe(training.slow[4].set)
+        deadline = time.monotonic() + 2
+        while "generated 4" not in training.events and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ended.append("generated 4" in training.events)
+
+    monkeypatch.setattr(training, "after_updates", lambda _: loops.append(asyncio.get_running_loop()))
+    monkeypatch.setattr(loop, "write_samples", write)
+    training()
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("during", ["logprobs", "updates"])
