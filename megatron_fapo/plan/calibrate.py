@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from megatron_fapo.errors import UserError
+from megatron_fapo.observe.metrics import read_metrics
 from megatron_fapo.plan.hardware import Rates, calibrated
 from megatron_fapo.plan.layouts import Planner
 from megatron_fapo.plan.lengths import Record, read_records
@@ -73,9 +74,14 @@ def calibrate(planner: Planner, path: Path) -> Planner:
     configuration has to be the planner's.
 
     Raises:
-        UserError: neither, or not rates.
+        UserError: neither, or not rates, or a run whose rollouts ran ahead.
     """
     if path.is_dir():
+        if any(record.get("staleness/max") for record in read_metrics(path)):
+            raise UserError(
+                f"--calibrate {path}: its rollouts ran ahead of updates, so that its phases are what was waited for and "
+                "not what the work took: give a run with training.asynchrony.max_staleness=0"
+            )
         return fit(planner, read_records(path), str(path))
     if not path.is_file():
         raise UserError(f"--calibrate {path}: neither a file nor a run directory")

@@ -100,3 +100,10 @@ def test_a_run_directory_is_read(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in metrics))
     expected = [SimSample(7, 5, 30), SimSample(7, 5), SimSample(7, 6, 30), SimSample(7, 5)]
     assert read_records(tmp_path) == [Record({"rollout": 2.0}, expected)]
+
+
+def test_a_run_whose_rollouts_ran_ahead_gives_no_rates(tmp_path: Path) -> None:
+    metrics = ({"step": step, "phase_s/rollout": 0.0, "staleness/max": step - 1.0} for step in (1, 2))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in metrics))
+    with pytest.raises(UserError, match="max_staleness=0"):
+        calibrate(tiny_planner(), tmp_path)
