@@ -79,7 +79,7 @@ def calibrate(planner: Planner, path: Path) -> Planner:
     if path.is_dir():
         if any(record.get("staleness/max") for record in read_metrics(path)):
             raise UserError(
-                f"--calibrate {path}: its rollouts ran ahead of updates, so that its phases are what was waited for and "
+                f"--calibrate {path}: its rollouts ran ahead of updates: its phases are what was waited for, and "
                 "not what the work took: give a run with training.asynchrony.max_staleness=0"
             )
         return fit(planner, read_records(path), str(path))
