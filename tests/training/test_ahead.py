@@ -249,7 +249,7 @@ def test_a_slow_filesystem_holds_up_no_rollout_ahead(tmp_path: Path, monkeypatch
     written = training.config.training.model_copy(update={"log_samples_every_steps": 3})
     training.config = training.config.model_copy(update={"training": written})
     training.slow[4] = asyncio.Event()
-    loops, ended = [], []
+    loops, ended = list[asyncio.AbstractEventLoop](), list[bool]()
 
     def write(*_: Any) -> None:
         loops[-1].call_soon_threadsafe(training.slow[4].set)
