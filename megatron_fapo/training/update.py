@@ -69,7 +69,8 @@ async def update(
             others = set_logprobs(others, "old_logprobs", await policy.logprobs(others))
         samples = first + others
         if cfg.kl_coef > 0:
-            await cluster.enter("logprobs")
+            if stands or not others:  # entered anew, the ledger would forget the peak of the pass before
+                await cluster.enter("logprobs")
             samples = set_logprobs(samples, "reference_logprobs", await policy.logprobs(samples, reference=True))
     check()
     run.between_steps = False

@@ -96,7 +96,8 @@ def test_other_mini_batches_take_one_before_the_first_update() -> None:
 
 def test_the_reference_is_asked_for_all_samples() -> None:
     assert _update(2, kl_coef=0.1)[1][:3] == [("logprobs", 2), ("reference", 4), "check"]
-    assert _update(1, kl_coef=0.1)[2] == ["logprobs", "train"]
+    assert _update(1, kl_coef=0.1)[2] == _update(2, kl_coef=0.1)[2] == ["logprobs", "train"]
+    assert _update(2, 1.0, kl_coef=0.1, old_logprobs="engine")[2] == ["logprobs", "train"]
 
 
 @pytest.mark.parametrize("newest", [None, 1.02, float("nan")])
