@@ -142,6 +142,11 @@ class Tracer:
         self.recording = True
         self.take()
 
+    def end(self) -> None:
+        """Record nothing from now on: nobody takes it."""
+        self.take()
+        self.recording = False
+
     def take_spans(self) -> list[Span]:
         """The spans that have ended, of all tracks; they are forgotten."""
         spans, self._spans = [span for _, span in self._spans], []

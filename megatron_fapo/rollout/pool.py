@@ -204,8 +204,11 @@ class RolloutPool:
                 raise outcome
 
     async def wake(self, tags: Sequence[str]) -> None:
-        """Every engine takes the memory of `tags` again (engine.MEMORY)."""
-        await self._all("wake", tags)
+        """Every engine takes the memory of `tags` again (engine.MEMORY), those too that come after one that cannot."""
+        calls = [self._call(i, "wake", tags) for i in range(len(self._engines))]
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
 
     async def pause(self) -> None:
         await self._all("pause")

@@ -28,7 +28,7 @@ from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.actor import PolicyActor
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import HERE, Node, Process, ProcessDiedError
-from megatron_fapo.rollout.engine import MEMORY, RolloutEngine
+from megatron_fapo.rollout.engine import MEMORY, EngineDiedError, RolloutEngine
 from megatron_fapo.rollout.environment import vllm_environment
 from megatron_fapo.rollout.guard import Guard
 from megatron_fapo.rollout.pool import RolloutPool
@@ -79,7 +79,12 @@ class Cluster:
         if turns and not set(self.awake) <= set(awake):
             assert self.rollout is not None
             if self.awake != MEMORY:  # of a refit that failed: vLLM falls asleep only when all of it is awake
-                await self.enter("rollout")
+                try:
+                    await self.enter("rollout")
+                except EngineDiedError as gone:
+                    if not gone.lost:
+                        raise
+                    log.warning("%s", gone)  # it holds no memory, and must not keep finished steps from being saved
             await self.rollout.sleep(keep_weights=keep_weights)
             self.awake = ()
         if self.policy is not None:

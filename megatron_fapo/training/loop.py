@@ -184,8 +184,11 @@ async def train(config: Config, cluster: Cluster, run: Run, sets: EvaluationSets
         taken, cursor = run.cursor.take(cfg.prompts_per_step), run.cursor.state_dict()
         return cluster.while_judged(rollout(config, cluster, run.progress, ahead, step, taken, cursor))
 
-    async with Ahead(start, run.state.step, cfg.steps, cfg.asynchrony.max_staleness) as ahead:
-        await take_steps(config, cluster, run, sets, stop, ahead)
+    try:
+        async with Ahead(start, run.state.step, cfg.steps, cfg.asynchrony.max_staleness) as ahead:
+            await take_steps(config, cluster, run, sets, stop, ahead)
+    finally:
+        TRACER.end()
     await run.saved()
 
 

@@ -21,7 +21,9 @@ from megatron_fapo.genrm.server import ServerStartError
 from megatron_fapo.observe.stall import WAITS
 from megatron_fapo.policy.group import PolicyGroup
 from megatron_fapo.processes import Node, Process, ProcessDiedError, is_lost
+from megatron_fapo.rollout.engine import MEMORY
 from megatron_fapo.rollout.pool import RolloutPool
+from megatron_fapo.rollout.refitted import VLLMDiedError
 from megatron_fapo.training import servers as servers_module
 from megatron_fapo.training.cluster import Cluster, _await_nodes
 from megatron_fapo.training.failure import forget_failure, report_failure
@@ -128,6 +130,39 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("lost", [True, False])
+def test_an_engine_that_is_lost_while_half_awake_does_not_keep_the_policy_from_saving(lost: bool) -> None:
+    """It was lost in a refit, when the weights alone were awake; its neighbour takes its turn all the same."""
+    said: list[str] = []
+
+    def engine(name: str, error: Exception | None) -> Any:
+        async def call(order: str) -> None:
+            await asyncio.sleep(0 if error else 0.05)
+            said.append(f"{name} {order}")
+            if error:
+                raise error
+
+        orders = ("sleep", "wake")
+        return SimpleNamespace(**{o: SimpleNamespace(remote=lambda *_, o=o: call(o)) for o in orders})
+
+    async def enter(phase: str) -> dict[str, float]:
+        said.append(phase)
+        return {}
+
+    error = RayTaskError("wake", "Traceback", VLLMDiedError("gone") if lost else KeyError("x"))
+    pool = RolloutPool([engine("first", error), engine("second", None)], [None, None])
+    config = Config.model_validate({"rollout": {"colocated": True, "replicas": 2}, "policy": {"offload": True}})
+    policy: Any = SimpleNamespace(enter=enter)
+    cluster = Cluster(config, "cpu", policy=policy, rollout=pool, awake=MEMORY[:1])
+    if lost:
+        asyncio.run(cluster.enter("checkpoint"))
+        assert said == ["rollout", "first wake", "second wake", "first sleep", "second sleep", "checkpoint"]
+    else:
+        with pytest.raises(ProcessDiedError, match="failed: KeyError"):
+            asyncio.run(cluster.enter("checkpoint"))
+        assert said == ["rollout", "first wake", "second wake"], "it has not fallen asleep"
+
+
 def test_a_server_that_ends_is_started_again_and_the_pool_is_told() -> None:
     async def scenario() -> None:
         mortal = FakeServer(True, "second-life", "third-life")

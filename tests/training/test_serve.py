@@ -154,9 +154,12 @@ class PlayedServer:
 
     def __init__(self, *looks: int) -> None:
         self.looks, self.lives = list(looks), 0
-        self.alive, self.stop, self.start = (
-            SimpleNamespace(remote=call) for call in (self._alive, self._stop, self._start)
+        self.alive, self.stop, self.start, self.cards = (
+            SimpleNamespace(remote=call) for call in (self._alive, self._stop, self._start, self._cards)
         )
+
+    async def _cards(self) -> list[str]:
+        return []
 
     async def _alive(self) -> bool:
         self.looks[0] -= 1
